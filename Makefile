@@ -1,0 +1,43 @@
+SEED ?= 0
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: help setup demo test check format clean
+
+help:
+	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
+	@echo "make test            run the tests"
+	@echo "make check           lint, formatting, types"
+	@echo "make format          format the code and fix what ruff can fix"
+	@echo "make setup           create .venv and install everything (the targets above do it themselves)"
+	@echo "make clean           remove caches and build outputs"
+	@echo "PYTHON=python3.11 chooses the interpreter of a new .venv."
+
+setup: $(STAMP)
+
+demo: setup
+	$(PY) examples/quickstart.py --seed $(SEED)
+
+test: setup
+	$(PY) -m pytest -q
+
+check: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find sb3_dsrl examples tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp holds this folder's path: a .venv that was copied here, or whose Python is gone, is set up again.
+ifneq ($(shell $(PY) -V >/dev/null 2>&1 && cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+$(STAMP): pyproject.toml constraints.txt .ci/setup.sh
+	.ci/setup.sh
+	@echo "$(CURDIR)" > $@

@@ -1,0 +1,61 @@
+"""Latent steering of frozen flow policies with Stable-Baselines3."""
+
+from typing import TYPE_CHECKING, Any
+
+from sb3_contrib import TRPO
+from stable_baselines3 import A2C, PPO
+
+from sb3_dsrl.defaults import ppo_kwargs
+from sb3_dsrl.demos import load_demos
+from sb3_dsrl.evaluation import EvalResult, Rollouts, collect_rollouts, evaluate, results_table
+from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.networks import EnsembleChunkCritic, StateEncoder, VelocityMLP, VelocityUNet
+from sb3_dsrl.offline import demo_transitions, train_critic, train_flow
+from sb3_dsrl.policies import LatentPolicy
+from sb3_dsrl.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.steering import NoiseSpace
+from sb3_dsrl.wrappers import ActionChunkWrapper, LatentSteeringWrapper, VecLatentSteering
+
+if TYPE_CHECKING:
+    from sb3_dsrl.maniskill import make_latent_env
+
+__version__ = "0.1.0"
+
+for _algorithm in (PPO, A2C, TRPO):
+    _algorithm.policy_aliases["LatentPolicy"] = LatentPolicy
+
+__all__ = [
+    "ActionChunkWrapper",
+    "EnsembleChunkCritic",
+    "EvalResult",
+    "FlowPolicy",
+    "LatentPolicy",
+    "LatentSteeringWrapper",
+    "NoiseSpace",
+    "Rollouts",
+    "StateEncoder",
+    "VecLatentSteering",
+    "VelocityMLP",
+    "VelocityUNet",
+    "__version__",
+    "aw_mle_loss",
+    "collect_rollouts",
+    "demo_transitions",
+    "evaluate",
+    "load_demos",
+    "make_latent_env",
+    "ppo_kwargs",
+    "pretrain_latent",
+    "results_table",
+    "train_critic",
+    "train_flow",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing sb3_dsrl must not import ManiSkill.
+    if name == "make_latent_env":
+        from sb3_dsrl.maniskill import make_latent_env
+
+        return make_latent_env
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,293 @@
+"""ManiSkill trajectory files -> windows for the flow and chunk transitions for the critic.
+
+A demo file is what ``mani_skill.trajectory.replay_trajectory`` and ``RecordEpisode`` write: an ``.h5`` with one group per
+episode and a ``.json`` of the same name beside it. Nothing here imports ManiSkill.
+
+Letters in shapes: ``n`` samples, ``L`` env steps of an episode, ``D`` dimensions of one observation, ``T`` = pred_horizon,
+``H`` = act_horizon, ``A`` action dim.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+
+@dataclass
+class Episode:
+    """
+    One episode, in env steps.
+
+    :param obs: (L + 1, D)
+    :param actions: (L, A), in [-1, 1]
+    :param rewards: (L,), or None if the file holds none
+    :param terminated: (L,)
+    :param success: (L,), or None if the file holds none
+    """
+
+    obs: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray | None
+    terminated: np.ndarray
+    success: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+@dataclass
+class Demos:
+    """
+    The episodes of one file and what its JSON says about them.
+
+    :param path: the ``.h5`` file
+    :param episodes: in the order of the file
+    :param env_id: environment they were recorded in
+    :param obs_mode: ManiSkill observation mode
+    :param control_mode: ManiSkill controller of the actions
+    :param reward_mode: ManiSkill reward mode of the rewards
+    """
+
+    path: Path
+    episodes: list[Episode]
+    env_id: str
+    obs_mode: str
+    control_mode: str
+    reward_mode: str | None
+
+    @property
+    def obs_dim(self) -> int:
+        """D."""
+        return self.episodes[0].obs.shape[-1]
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return self.episodes[0].actions.shape[-1]
+
+    @property
+    def n_steps(self) -> int:
+        """Env steps in all."""
+        return sum(len(episode) for episode in self.episodes)
+
+    def frames(self) -> np.ndarray:
+        """All observations, (n, D)."""
+        return np.concatenate([episode.obs for episode in self.episodes])
+
+
+@dataclass
+class ChunkTransitions:
+    """
+    SMDP transitions of executed chunks, raw observations.
+
+    :param obs: (n, obs_horizon, D), oldest frame first
+    :param chunk: (n, H, A)
+    :param reward: ``sum_{i<k} gamma^i r_i``, (n,)
+    :param discount: ``gamma^k``, 0 after a termination, (n,)
+    :param next_obs: (n, obs_horizon, D)
+    """
+
+    obs: np.ndarray
+    chunk: np.ndarray
+    reward: np.ndarray
+    discount: np.ndarray
+    next_obs: np.ndarray
+
+
+def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str | None = None) -> Demos:
+    """
+    Reads a ManiSkill trajectory file.
+
+    :param path: the ``.h5`` file; its ``.json`` must lie beside it
+    :param num_demos: read only the first so many episodes; None reads all
+    :param control_mode: the controller that the actions must be for; None accepts any
+    :return: the demos
+    :raises FileNotFoundError: if one of the two files is missing
+    :raises ValueError: if a file is damaged, empty, or not what was asked for; the sentence names file and key
+    """
+    path = Path(path)
+    meta_path = path.with_suffix(".json")
+    for file, what in ((path, "the demo file"), (meta_path, "the JSON that ManiSkill writes beside the .h5 file")):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; expected {what}")
+    if num_demos is not None and num_demos < 1:
+        raise ValueError(f"num_demos must be at least 1, found {num_demos}")
+    meta = _read_json(meta_path)
+    env_info, listed = meta["env_info"], meta["episodes"]
+    env_kwargs = env_info.get("env_kwargs", {})
+    # replay_trajectory rewrites the control mode of each episode; older files have it in env_kwargs only
+    modes = {ep.get("control_mode") or env_kwargs.get("control_mode") for ep in listed} or {env_kwargs.get("control_mode")}
+    if len(modes) > 1:
+        raise ValueError(f"{meta_path} mixes control modes {sorted(map(str, modes))}; expected one")
+    found_mode = str(modes.pop())
+    if control_mode is not None and found_mode != control_mode:
+        raise ValueError(
+            f"{path} holds actions for control_mode={found_mode!r}, expected {control_mode!r}: "
+            f"replay it with `python -m mani_skill.trajectory.replay_trajectory --target-control-mode {control_mode}`"
+        )
+    try:
+        with h5py.File(path, "r") as file:
+            names = sorted((name for name in file if name.startswith("traj_")), key=lambda name: int(name[len("traj_") :]))
+            if not names:
+                raise ValueError(f"{path} holds no episodes (no group named traj_0, traj_1, ...)")
+            if num_demos is not None and num_demos > len(names):
+                raise ValueError(f"{path} holds {len(names)} episodes, but num_demos={num_demos} were asked for")
+            episodes = [_read_episode(path, name, file[name]) for name in names[:num_demos]]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as HDF5; it is damaged or cut short ({error})") from error
+    for attribute, letter in (("obs", "D"), ("actions", "A")):
+        sizes = {getattr(episode, attribute).shape[-1] for episode in episodes}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{path}: {attribute} have {sorted(sizes)} dimensions in different episodes; expected one {letter}"
+            )
+    return Demos(
+        path=path,
+        episodes=episodes,
+        env_id=env_info["env_id"],
+        obs_mode=env_kwargs.get("obs_mode", "state"),
+        control_mode=found_mode,
+        reward_mode=env_kwargs.get("reward_mode"),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    for key in ("env_info", "episodes"):
+        if not isinstance(meta, dict) or key not in meta:
+            raise ValueError(f"{path} has no key {key!r}; expected the JSON that ManiSkill writes beside a trajectory file")
+    if "env_id" not in meta["env_info"]:
+        raise ValueError(f"{path} has no key 'env_info/env_id'")
+    return meta
+
+
+def _read_episode(path: Path, name: str, group: h5py.Group) -> Episode:
+    where = f"{path}:{name}"
+    for key in ("obs", "actions"):
+        if key not in group:
+            raise ValueError(f"{where} has no {key!r}: replay the file with `--obs-mode state` so that it holds observations")
+    if isinstance(group["obs"], h5py.Group):
+        raise ValueError(
+            f"{where}/obs is a group with keys {sorted(group['obs'])}; expected flat observations (obs_mode='state')"
+        )
+    obs, actions = group["obs"][()].astype(np.float32), group["actions"][()].astype(np.float32)
+    length = len(actions)
+    if length == 0:
+        raise ValueError(f"{where} has no steps")
+    series = {key: group[key][()] if key in group else None for key in ("rewards", "terminated", "success")}
+    expected = {"obs": (obs, length + 1), **{key: (value, length) for key, value in series.items()}}
+    for key, (value, n) in expected.items():
+        if value is not None and len(value) != n:
+            raise ValueError(f"{where}/{key} has {len(value)} entries, expected {n} for {length} actions")
+    for key, value in {"obs": obs, "actions": actions, "rewards": series["rewards"]}.items():
+        if value is not None and not np.isfinite(value).all():
+            raise ValueError(f"{where}/{key} holds NaN or infinite values")
+    if np.abs(actions).max() > 1.0 + 1e-4:
+        raise ValueError(
+            f"{where}/actions reach {np.abs(actions).max():.3g}, expected [-1, 1]: replay the file to a normalised controller "
+            f"such as pd_joint_delta_pos or pd_ee_delta_pose"
+        )
+    terminated = series["terminated"]
+    return Episode(
+        obs=obs,
+        actions=actions.clip(-1.0, 1.0),
+        rewards=None if series["rewards"] is None else series["rewards"].astype(np.float32),
+        terminated=np.zeros(length, bool) if terminated is None else terminated.astype(bool),
+        success=None if series["success"] is None else series["success"].astype(bool),
+    )
+
+
+def stack_frames(obs: np.ndarray, obs_horizon: int) -> np.ndarray:
+    """
+    Stacks each observation of an episode with those before it; the first one stands in for what came before the reset.
+
+    :param obs: (L + 1, D)
+    :param obs_horizon: frames
+    :return: (L + 1, obs_horizon, D), oldest first
+    """
+    steps = np.arange(len(obs))[:, None] + np.arange(1 - obs_horizon, 1)
+    return obs[steps.clip(min=0)]
+
+
+def action_windows(demos: Demos, obs_horizon: int, pred_horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Training pairs of the flow: at every step of every episode, the frames seen and the T actions from now on.
+
+    Past the end of an episode the chunk is filled as ManiSkill's diffusion-policy baseline does: delta controllers stand still
+    and keep their gripper (the last dimension), others repeat the last action.
+
+    :param demos: the demos
+    :param obs_horizon: frames
+    :param pred_horizon: T
+    :return: observations (n, obs_horizon, D) and actions (n, T, A)
+    """
+    all_obs, all_actions = [], []
+    for episode in demos.episodes:
+        filler = episode.actions[-1].copy()
+        if "delta" in demos.control_mode:
+            filler[:-1] = 0.0
+        padded = np.concatenate([episode.actions, np.tile(filler, (pred_horizon - 1, 1))])
+        steps = np.arange(len(episode))
+        all_actions.append(padded[steps[:, None] + np.arange(pred_horizon)])
+        all_obs.append(stack_frames(episode.obs, obs_horizon)[steps])
+    return np.concatenate(all_obs), np.concatenate(all_actions)
+
+
+def chunk_transitions(
+    demos: Demos,
+    obs_horizon: int,
+    act_horizon: int,
+    gamma: float,
+    ignore_terminations: bool = False,
+    reward_scale: float = 1.0,
+) -> ChunkTransitions:
+    """
+    SMDP transitions that start at every step of every episode and last ``k <= H`` steps.
+
+    A termination ends the chunk and the episode (discount 0). The end of the recording only cuts the chunk: the value of the
+    last observation is bootstrapped with ``gamma^k``.
+
+    :param demos: the demos
+    :param obs_horizon: frames
+    :param act_horizon: H
+    :param gamma: discount per env step
+    :param ignore_terminations: as in ManiSkill: go on after success or failure
+    :param reward_scale: factor on the rewards
+    :return: the transitions; a chunk that was cut is filled with its last action
+    :raises ValueError: if the file holds no rewards
+    """
+    parts: list[tuple[np.ndarray, ...]] = []
+    for i, episode in enumerate(demos.episodes):
+        if episode.rewards is None:
+            raise ValueError(
+                f"{demos.path}: episode {i} has no 'rewards': record them (replay_trajectory --record-rewards) with the "
+                f"reward_mode that stage 2 will use"
+            )
+        ends = np.flatnonzero(episode.terminated)
+        length = len(episode) if ignore_terminations or len(ends) == 0 else int(ends[0]) + 1
+        terminal = not ignore_terminations and len(ends) > 0
+        start = np.arange(length)
+        stop = np.minimum(start + act_horizon, length)
+        steps = start[:, None] + np.arange(act_horizon)
+        inside = steps < length
+        steps = np.minimum(steps, length - 1)
+        powers = gamma ** np.arange(act_horizon)
+        frames = stack_frames(episode.obs, obs_horizon)
+        parts.append(
+            (
+                frames[start],
+                episode.actions[steps],
+                reward_scale * (episode.rewards[steps] * inside * powers).sum(axis=1),
+                np.where((stop == length) & terminal, 0.0, gamma ** (stop - start)),
+                frames[stop],
+            )
+        )
+    return ChunkTransitions(*(np.concatenate(column).astype(np.float32) for column in zip(*parts, strict=True)))

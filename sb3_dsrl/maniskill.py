@@ -1,0 +1,168 @@
+"""The only module that imports ManiSkill: steered ManiSkill envs from an env id."""
+
+from __future__ import annotations
+
+import difflib
+import multiprocessing
+from collections.abc import Callable
+from typing import Any, Literal
+
+import gymnasium as gym
+import mani_skill.envs  # noqa: F401  registers the envs
+import torch as th
+from mani_skill.utils.registration import REGISTERED_ENVS
+from mani_skill.utils.wrappers import CPUGymWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.steering import SteerMode
+from sb3_dsrl.wrappers import ActionChunkWrapper, VecLatentSteering
+
+
+def unbatched(env: gym.Env) -> gym.Env:
+    """
+    A single CPU ManiSkill env as a standard gym env: NumPy, no batch dimension.
+
+    :param env: as ``gym.make`` returns it; an env that ManiSkill's ``CPUGymWrapper`` already wraps is returned as it is
+    :raises ValueError: if it simulates several envs or runs on the GPU
+    """
+    base: Any = env.unwrapped
+    if base.num_envs > 1 or base.gpu_sim_enabled:
+        raise ValueError(
+            f"This wrapper is for one CPU env, but {base.spec.id} simulates num_envs={base.num_envs} on {base.device}; "
+            f"use make_latent_env({base.spec.id!r}, flow, n_envs={base.num_envs})"
+        )
+    layer = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, CPUGymWrapper):
+            return env
+        layer = layer.env
+    return CPUGymWrapper(env)
+
+
+def make_chunk_env(
+    env_id: str,
+    flow: FlowPolicy,
+    gamma: float = 0.99,
+    ignore_terminations: bool = False,
+    reward_scale: float = 1.0,
+    **env_kwargs: Any,
+) -> ActionChunkWrapper:
+    """
+    One CPU ManiSkill env that executes the flow's chunks. Observation and control mode default to the flow's.
+
+    :param env_id: ManiSkill environment
+    :param flow: decides horizons, observation and control mode
+    :param gamma: discount per env step
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param reward_scale: factor on the macro reward
+    :param env_kwargs: for ``gym.make``, such as ``reward_mode``, ``max_episode_steps``, ``render_mode``
+    """
+    return _chunk_env(
+        env_id, _env_kwargs(env_id, flow, env_kwargs), _chunk_kwargs(flow, gamma, ignore_terminations, reward_scale)
+    )
+
+
+def make_latent_env(
+    env_id: str,
+    flow: FlowPolicy,
+    n_envs: int = 1,
+    *,
+    sim_backend: Literal["auto", "physx_cpu"] = "auto",
+    obs_mode: str | None = None,
+    control_mode: str | None = None,
+    reward_mode: str = "normalized_dense",
+    max_episode_steps: int | None = None,
+    ignore_terminations: bool = True,
+    gamma: float = 0.99,
+    reward_scale: float = 1.0,
+    noise_bound: float = 4.0,
+    steer_mode: SteerMode = "full",
+    num_steps: int | None = None,
+    seed: int | None = None,
+    **env_kwargs: Any,
+) -> VecLatentSteering:
+    """
+    Many steered ManiSkill envs, ready for SB3. One env runs in this process, several run in worker processes.
+
+    The defaults pair a dense reward with ``ignore_terminations=True``; a dense reward that ends at success pays for
+    stalling. With ``reward_mode="sparse"`` set ``ignore_terminations=False``.
+
+    :param env_id: ManiSkill environment
+    :param flow: the policy that is steered; it is frozen
+    :param n_envs: N
+    :param sim_backend: "auto" or "physx_cpu"
+    :param obs_mode: ManiSkill observation mode; None is the flow's
+    :param control_mode: ManiSkill controller; None is the flow's
+    :param reward_mode: ManiSkill reward mode
+    :param max_episode_steps: time limit in env steps; None is the registered one
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param gamma: discount per env step
+    :param reward_scale: factor on the macro reward
+    :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
+    :param num_steps: decoding steps; None is the flow's own
+    :param seed: env i is seeded with ``seed + i`` at its first reset
+    :param env_kwargs: further arguments of ``gym.make``
+    :return: the vectorised env; ``macro_gamma`` is the discount for PPO
+    :raises ValueError: if an argument does not fit
+    """
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, found {n_envs}")
+    if sim_backend not in ("auto", "physx_cpu"):
+        raise ValueError(f"sim_backend must be 'auto' or 'physx_cpu', found {sim_backend!r}")
+    env_kwargs |= dict(reward_mode=reward_mode)
+    for key, value in (("obs_mode", obs_mode), ("control_mode", control_mode), ("max_episode_steps", max_episode_steps)):
+        if value is not None:
+            env_kwargs[key] = value
+    env_kwargs = _env_kwargs(env_id, flow, env_kwargs)
+    chunk_kwargs = _chunk_kwargs(flow, gamma, ignore_terminations, reward_scale)
+
+    def make() -> gym.Env:
+        return _chunk_env(env_id, env_kwargs, chunk_kwargs)
+
+    def make_in_worker() -> gym.Env:
+        th.set_num_threads(1)  # one worker a core; their threads would only fight
+        return _chunk_env(env_id, env_kwargs, chunk_kwargs)
+
+    venv: VecEnv = DummyVecEnv([make]) if n_envs == 1 else _subproc([make_in_worker] * n_envs)
+    try:
+        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps)
+    except BaseException:
+        venv.close()
+        raise
+    if seed is not None:
+        latent.seed(seed)
+    return latent
+
+
+def _subproc(env_fns: list[Callable[[], gym.Env]]) -> SubprocVecEnv:
+    # The fork server imports ManiSkill once; each worker then starts in a fraction of a second and shares its pages.
+    multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill"])
+    return SubprocVecEnv(env_fns, start_method="forkserver")
+
+
+def _env_kwargs(env_id: str, flow: FlowPolicy, env_kwargs: dict[str, Any]) -> dict[str, Any]:
+    if env_id not in REGISTERED_ENVS:
+        close = difflib.get_close_matches(env_id, REGISTERED_ENVS, n=3)
+        raise ValueError(
+            f"{env_id!r} is not a ManiSkill environment" + (f"; did you mean {' or '.join(close)}?" if close else "")
+        )
+    defaults = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode, sim_backend="physx_cpu", render_backend="none")
+    if env_kwargs.get("render_mode") is not None:
+        defaults["render_backend"] = "cpu"
+    return {**defaults, **env_kwargs}
+
+
+def _chunk_kwargs(flow: FlowPolicy, gamma: float, ignore_terminations: bool, reward_scale: float) -> dict[str, Any]:
+    return dict(
+        act_horizon=flow.act_horizon,
+        obs_horizon=flow.obs_horizon,
+        gamma=gamma,
+        ignore_terminations=ignore_terminations,
+        reward_scale=reward_scale,
+    )
+
+
+def _chunk_env(env_id: str, env_kwargs: dict[str, Any], chunk_kwargs: dict[str, Any]) -> ActionChunkWrapper:
+    return ActionChunkWrapper(gym.make(env_id, **env_kwargs), **chunk_kwargs)

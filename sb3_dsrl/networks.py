@@ -1,0 +1,317 @@
+"""Networks of stage 0: velocity fields conditioned on t and d, observation encoders and the ensemble chunk critic.
+
+Nothing here knows of SB3, gymnasium or ManiSkill. Every network records its constructor arguments in ``config``, so that
+:class:`~sb3_dsrl.flow.FlowPolicy` can write them to ``config.json`` and build the same network again.
+
+Letters in shapes: ``B`` batch, ``T`` = pred_horizon, ``H`` = act_horizon, ``A`` action dim, ``C`` conditioning features,
+``E`` critic heads.
+"""
+
+import math
+from typing import Any
+
+import torch as th
+from torch import nn
+from torch.nn import functional as F
+
+
+class SinusoidalEmbedding(nn.Module):
+    """
+    Transformer position embedding of a continuous scalar in [0, 1]; nothing is rounded to a grid.
+
+    :param dim: size of the embedding, even
+    :param scale: the scalar is multiplied by this first, so that [0, 1] covers the usual range of positions
+    """
+
+    def __init__(self, dim: int, scale: float = 100.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.freqs: th.Tensor
+        self.register_buffer("freqs", th.exp(-math.log(10_000.0) * th.arange(dim // 2) / (dim // 2 - 1)), persistent=False)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        angles = self.scale * x[:, None] * self.freqs
+        return th.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class StepEmbedding(nn.Module):
+    """
+    Embeds the flow time ``t`` and the step size ``d`` together, as shortcut models need (https://arxiv.org/abs/2410.12557).
+
+    :param dim: size of the embedding
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.sinusoid = SinusoidalEmbedding(dim)
+        self.mlp = nn.Sequential(nn.Linear(2 * dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
+
+    def forward(self, t: th.Tensor, d: th.Tensor) -> th.Tensor:
+        return self.mlp(th.cat([self.sinusoid(t), self.sinusoid(d)], dim=-1))
+
+
+class VelocityNet(nn.Module):
+    """
+    Base class of velocity fields v(x, t, d | cond) over action chunks.
+
+    :param action_dim: A
+    :param pred_horizon: T
+    :param cond_dim: C
+    """
+
+    def __init__(self, action_dim: int, pred_horizon: int, cond_dim: int, **config: Any) -> None:
+        super().__init__()
+        self.action_dim, self.pred_horizon, self.cond_dim = action_dim, pred_horizon, cond_dim
+        self.config = dict(action_dim=action_dim, pred_horizon=pred_horizon, cond_dim=cond_dim, **config)
+
+    def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:
+        """
+        :param x: point on the path from noise to chunk, (B, T, A)
+        :param t: flow time in [0, 1], (B,); 0 is noise, 1 is the chunk
+        :param d: size of the step that will be taken, (B,); 0 asks for the instantaneous velocity
+        :param cond: conditioning features, (B, C)
+        :return: velocity, (B, T, A)
+        """
+        raise NotImplementedError
+
+
+class VelocityMLP(VelocityNet):
+    """
+    The small velocity field: residual MLP blocks on the flattened chunk. Decodes 10 to 20 times faster than the U-Net
+    on a CPU.
+
+    :param action_dim: A
+    :param pred_horizon: T
+    :param cond_dim: C
+    :param width: hidden units
+    :param n_blocks: residual blocks
+    :param embed_dim: size of the embedding of (t, d)
+    """
+
+    def __init__(
+        self, action_dim: int, pred_horizon: int, cond_dim: int, width: int = 256, n_blocks: int = 3, embed_dim: int = 64
+    ) -> None:
+        super().__init__(action_dim, pred_horizon, cond_dim, width=width, n_blocks=n_blocks, embed_dim=embed_dim)
+        self.step_embedding = StepEmbedding(embed_dim)
+        self.inlet = nn.Linear(pred_horizon * action_dim + embed_dim + cond_dim, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Mish(), nn.Linear(width, width), nn.Mish(), nn.Linear(width, width))
+            for _ in range(n_blocks)
+        )
+        self.outlet = nn.Sequential(nn.LayerNorm(width), nn.Mish(), nn.Linear(width, pred_horizon * action_dim))
+
+    def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:
+        h = self.inlet(th.cat([x.flatten(1), self.step_embedding(t, d), cond], dim=-1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.outlet(h).reshape(x.shape)
+
+
+class FiLMResidualBlock(nn.Module):
+    """Two convolutions with a FiLM (scale and shift) from the conditioning in between (https://arxiv.org/abs/1709.07871)."""
+
+    def __init__(self, in_channels: int, out_channels: int, cond_dim: int, kernel_size: int, n_groups: int) -> None:
+        super().__init__()
+
+        def conv_block(c_in: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv1d(c_in, out_channels, kernel_size, padding=kernel_size // 2),
+                nn.GroupNorm(n_groups, out_channels),
+                nn.Mish(),
+            )
+
+        self.conv1, self.conv2 = conv_block(in_channels), conv_block(out_channels)
+        self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * out_channels))
+        self.skip = nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: th.Tensor, cond: th.Tensor) -> th.Tensor:
+        scale, shift = self.film(cond).unsqueeze(-1).chunk(2, dim=1)
+        return self.conv2(self.conv1(x) * scale + shift) + self.skip(x)
+
+
+class UNetStage(nn.Module):
+    """Two residual blocks at one resolution, then the change to the next."""
+
+    def __init__(self, block1: FiLMResidualBlock, block2: FiLMResidualBlock, resample: nn.Module) -> None:
+        super().__init__()
+        self.block1, self.block2, self.resample = block1, block2, resample
+
+    def forward(self, x: th.Tensor, film: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        h = self.block2(self.block1(x, film), film)
+        return self.resample(h), h
+
+
+class VelocityUNet(VelocityNet):
+    """
+    1-D U-Net over the chunk with FiLM conditioning, as in Diffusion Policy (https://arxiv.org/abs/2303.04137).
+
+    :param action_dim: A
+    :param pred_horizon: T, divisible by ``2 ** (len(widths) - 1)``
+    :param cond_dim: C
+    :param widths: channels at each resolution
+    :param kernel_size: of the convolutions, odd
+    :param n_groups: of the group norms
+    :param embed_dim: size of the embedding of (t, d)
+    :raises ValueError: if ``pred_horizon`` cannot be halved often enough
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        pred_horizon: int,
+        cond_dim: int,
+        widths: tuple[int, ...] = (64, 128, 256),
+        kernel_size: int = 5,
+        n_groups: int = 8,
+        embed_dim: int = 64,
+    ) -> None:
+        widths = tuple(widths)
+        shrink = 2 ** (len(widths) - 1)
+        if pred_horizon % shrink:
+            raise ValueError(
+                f"VelocityUNet halves the chunk {len(widths) - 1} times: pred_horizon must be a multiple of {shrink}, "
+                f"found {pred_horizon}"
+            )
+        super().__init__(
+            action_dim,
+            pred_horizon,
+            cond_dim,
+            widths=list(widths),
+            kernel_size=kernel_size,
+            n_groups=n_groups,
+            embed_dim=embed_dim,
+        )
+        self.step_embedding = StepEmbedding(embed_dim)
+        film_dim = embed_dim + cond_dim
+
+        def block(c_in: int, c_out: int) -> FiLMResidualBlock:
+            return FiLMResidualBlock(c_in, c_out, film_dim, kernel_size, n_groups)
+
+        last = len(widths) - 1
+        self.down = nn.ModuleList(
+            UNetStage(block(c_in, c), block(c, c), nn.Identity() if i == last else nn.Conv1d(c, c, 3, stride=2, padding=1))
+            for i, (c_in, c) in enumerate(zip((action_dim, *widths[:-1]), widths, strict=True))
+        )
+        self.mid = UNetStage(block(widths[-1], widths[-1]), block(widths[-1], widths[-1]), nn.Identity())
+        self.up = nn.ModuleList(
+            UNetStage(block(2 * c_in, c), block(c, c), nn.ConvTranspose1d(c, c, 4, stride=2, padding=1))
+            for c_in, c in zip(widths[:0:-1], widths[-2::-1], strict=True)
+        )
+        self.outlet = nn.Sequential(
+            nn.Conv1d(widths[0], widths[0], kernel_size, padding=kernel_size // 2),
+            nn.GroupNorm(n_groups, widths[0]),
+            nn.Mish(),
+            nn.Conv1d(widths[0], action_dim, 1),
+        )
+
+    def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:
+        film = th.cat([self.step_embedding(t, d), cond], dim=-1)
+        h = x.transpose(1, 2)
+        skips: list[th.Tensor] = []
+        for stage in self.down:
+            h, skip = stage(h, film)
+            skips.append(skip)
+        h, _ = self.mid(h, film)
+        for stage in self.up:
+            h, _ = stage(th.cat([h, skips.pop()], dim=1), film)
+        return self.outlet(h).transpose(1, 2)
+
+
+class StateEncoder(nn.Module):
+    """
+    Encoder of state observations: normalise every dimension, stack the frames. It has no weights to learn.
+
+    :param obs_dim: dimensions of one frame
+    :param obs_horizon: frames, oldest first
+    """
+
+    def __init__(self, obs_dim: int, obs_horizon: int) -> None:
+        super().__init__()
+        self.config = dict(obs_dim=obs_dim, obs_horizon=obs_horizon)
+        self.obs_dim, self.obs_horizon = obs_dim, obs_horizon
+        self.cond_dim = obs_dim * obs_horizon
+        self.mean: th.Tensor
+        self.std: th.Tensor
+        self.register_buffer("mean", th.zeros(obs_dim))
+        self.register_buffer("std", th.ones(obs_dim))
+
+    def fit(self, frames: th.Tensor, min_std: float = 1e-2) -> None:
+        """
+        Sets mean and standard deviation from demo frames.
+
+        :param frames: (n, obs_dim)
+        :param min_std: floor of the standard deviation: a dimension that is constant in a few demos must not explode
+            as soon as it moves
+        """
+        self.mean.copy_(frames.mean(dim=0))
+        self.std.copy_(frames.std(dim=0, unbiased=False).clamp_min(min_std))
+
+    def forward(self, obs: th.Tensor) -> th.Tensor:
+        return ((obs - self.mean) / self.std).flatten(1)
+
+
+class EnsembleLinear(nn.Module):
+    """``E`` linear layers side by side, one batched matrix product. Maps (E, B, in) to (E, B, out)."""
+
+    def __init__(self, n_heads: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(th.empty(n_heads, in_features, out_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(th.empty(n_heads, 1, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return th.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """Layer norm over the last dimension with separate scale and shift for each of the ``E`` heads."""
+
+    def __init__(self, n_heads: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(th.ones(n_heads, 1, width))
+        self.bias = nn.Parameter(th.zeros(n_heads, 1, width))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
+
+
+class EnsembleChunkCritic(nn.Module):
+    """
+    ``E`` independent critics Q(cond, chunk) of the SMDP value of executing a chunk, evaluated as one batched computation.
+
+    :param cond_dim: C
+    :param act_horizon: H
+    :param action_dim: A
+    :param n_heads: E
+    :param width: hidden units of each head
+    """
+
+    def __init__(self, cond_dim: int, act_horizon: int, action_dim: int, n_heads: int = 10, width: int = 256) -> None:
+        super().__init__()
+        self.config = dict(cond_dim=cond_dim, act_horizon=act_horizon, action_dim=action_dim, n_heads=n_heads, width=width)
+        self.n_heads = n_heads
+        layers: list[nn.Module] = []
+        for n_in in (cond_dim + act_horizon * action_dim, width, width):
+            layers += [EnsembleLinear(n_heads, n_in, width), EnsembleLayerNorm(n_heads, width), nn.Mish()]
+        self.net = nn.Sequential(*layers, EnsembleLinear(n_heads, width, 1))
+
+    def forward(self, cond: th.Tensor, chunk: th.Tensor) -> th.Tensor:
+        """
+        :param cond: (B, C)
+        :param chunk: executed part of the chunk, (B, H, A)
+        :return: (E, B)
+        """
+        x = th.cat([cond, chunk.flatten(1)], dim=-1)
+        return self.net(x.expand(self.n_heads, *x.shape)).squeeze(-1)
+
+    def get_ucb_q(self, cond: th.Tensor, chunk: th.Tensor, kappa: float = 1.0) -> th.Tensor:
+        """
+        Pessimistic score, mean - kappa * population standard deviation over the heads.
+
+        :param cond: (B, C)
+        :param chunk: (B, H, A)
+        :param kappa: weight of the ensemble's disagreement; negative values are optimistic
+        :return: (B,)
+        """
+        q = self(cond, chunk)
+        return q.mean(dim=0) - kappa * q.std(dim=0, unbiased=False)

@@ -1,0 +1,398 @@
+"""Stage 1: learn the latent policy offline by advantage-weighted maximum likelihood (AW-MLE) of noise.
+
+Two weightings feed one loss. *Candidates*: M noises a state, decoded by the frozen flow, scored by the critic
+ensemble. *Executed*: the noises that rollouts of the flow executed, weighted by what came of them.
+
+Letters in shapes: ``B`` batch, ``M`` candidates, ``T`` = pred_horizon, ``A`` action dim, ``C`` features, ``n`` macro-steps.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
+
+from sb3_dsrl.demos import Demos, load_demos
+from sb3_dsrl.evaluation import Rollouts
+from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.networks import EnsembleChunkCritic
+from sb3_dsrl.offline import FeatureTransitions, demo_transitions, exp_weights, train_critic
+from sb3_dsrl.policies import LatentPolicy
+from sb3_dsrl.progress import ProgressLoop
+from sb3_dsrl.steering import Steering
+from sb3_dsrl.wrappers import find_steering
+
+Weighting = Literal["auto", "candidates", "executed"]
+
+
+def soft_baseline(q: th.Tensor, tau: float) -> th.Tensor:
+    """
+    Soft value of a state, ``tau * log mean exp(q / tau)``: the mean for large tau, the maximum for small tau.
+
+    :param q: scores of the candidates, (B, M)
+    :param tau: temperature
+    :return: (B,)
+    """
+    return tau * (th.logsumexp(q / tau, dim=1) - math.log(q.shape[1]))
+
+
+def candidate_weights(
+    q: th.Tensor, beta: float = 1.0, tau: float = 5.0, normalize: bool = True
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Softmax weights of candidates by their advantage over the soft baseline.
+
+    :param q: scores, (B, M)
+    :param beta: temperature of the weights
+    :param tau: temperature of the baseline. It shifts all advantages of a state alike, so the weights do not depend on
+        it; the logged advantages do.
+    :param normalize: divide the advantages of each state by their standard deviation. Without it small spreads of q
+        give uniform weights, from which nothing is learned.
+    :return: weights (B, M), which sum to 1 in each state, and advantages (B, M)
+    """
+    advantages = q - soft_baseline(q, tau)[:, None]
+    scale = q.std(dim=1, keepdim=True).clamp_min(1e-8) if normalize else 1.0
+    return th.softmax(advantages / scale / beta, dim=1), advantages
+
+
+def effective_number(weights: th.Tensor) -> th.Tensor:
+    """
+    Effective number of candidates, ``1 / sum w^2``: M for uniform weights, 1 when one takes all.
+
+    :param weights: (B, M), each row sums to 1
+    :return: mean over the batch
+    """
+    return (1.0 / weights.pow(2).sum(dim=1)).mean()
+
+
+def aw_mle_loss(policy: LatentPolicy, obs: th.Tensor, w: th.Tensor, weights: th.Tensor, kl_coef: float = 1e-3) -> th.Tensor:
+    """
+    Advantage-weighted negative log-likelihood of noise plus a KL penalty to the prior,
+    ``-mean_B sum_M weights * log pi(w | obs) + kl_coef * KL(pi || N(0, I))``.
+
+    :param policy: the latent policy; its density is pi's own, without the prior mix
+    :param obs: features, (B, C)
+    :param w: noises, (B, M, T, A)
+    :param weights: (B, M)
+    :param kl_coef: weight of the KL
+    """
+    batch, n = weights.shape
+    log_prob = policy.log_prob(obs.repeat_interleave(n, dim=0), w.flatten(0, 1)).reshape(batch, n)
+    return -(weights * log_prob).sum(dim=1).mean() + kl_coef * policy.kl_to_prior(obs).mean()
+
+
+def executed_advantages(
+    rollouts: Rollouts, gae_lambda: float = 0.5, n_folds: int = 4, n_iterations: int = 300, width: int = 128
+) -> th.Tensor:
+    """
+    Advantage of each executed noise: GAE (https://arxiv.org/abs/1506.02438) towards the return until the end of the episode.
+
+    The value is a network on features and time, fitted to observed returns. It is cross-fitted: the value used in an
+    episode has never seen that episode, or it would explain the luck of its noise away.
+
+    :param rollouts: whole episodes
+    :param gae_lambda: 1 is Monte Carlo, 0 one macro-step
+    :param n_folds: of the cross-fit, over episodes
+    :param n_iterations: optimiser steps per fold
+    :param width: hidden units of the value network
+    :return: (n,), in units of the reward
+    """
+    starts = np.flatnonzero(np.diff(rollouts.episode, prepend=-1))
+    step = np.arange(len(rollouts)) - starts[rollouts.episode]
+    longest = int(step.max()) + 1
+    inputs = th.cat([rollouts.cond, th.from_numpy(step / longest).to(rollouts.cond)[:, None]], dim=1)
+    last = np.append(np.diff(rollouts.episode) != 0, True)
+    reward, discount = rollouts.reward.numpy(), rollouts.discount.numpy()
+    returns = _discounted_sums(reward, discount, last)
+    value = _cross_fitted_value(inputs, th.from_numpy(returns), rollouts.episode, n_folds, n_iterations, width).numpy()
+    next_value = np.where(last, 0.0, np.append(value[1:], 0.0))
+    return th.from_numpy(_discounted_sums(reward + discount * next_value - value, gae_lambda * discount, last))
+
+
+def _discounted_sums(x: np.ndarray, discount: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Backward sums y_i = x_i + discount_i * y_{i+1} that restart after the last step of each episode."""
+    sums = np.zeros(len(x), np.float32)
+    running = 0.0
+    for i in reversed(range(len(x))):
+        running = x[i] + (0.0 if last[i] else discount[i] * running)
+        sums[i] = running
+    return sums
+
+
+def _cross_fitted_value(
+    inputs: th.Tensor, targets: th.Tensor, episode: np.ndarray, n_folds: int, n_iterations: int, width: int
+) -> th.Tensor:
+    mean, std = targets.mean(), targets.std() + 1e-8
+    fold = th.from_numpy(episode % min(n_folds, int(episode[-1]) + 1))
+    value = th.zeros_like(targets)
+    for k in fold.unique():
+        train = (fold != k) if len(fold.unique()) > 1 else th.ones_like(fold, dtype=th.bool)
+        x, y = inputs[train], (targets[train] - mean) / std
+        net = nn.Sequential(nn.Linear(x.shape[1], width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+        optimizer = th.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
+        for _ in range(n_iterations):
+            index = th.randint(len(x), (256,))
+            loss = (net(x[index]).squeeze(-1) - y[index]).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with th.no_grad():
+            value[fold == k] = net(inputs[fold == k]).squeeze(-1) * std + mean
+    return value
+
+
+@dataclass
+class _ExecutedNoise:
+    """Batches of executed noises with their weights."""
+
+    cond: th.Tensor
+    w: th.Tensor
+    weights: th.Tensor
+
+    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        index = th.randint(len(self.cond), (batch_size,))
+        weights = self.weights[index][:, None]
+        share = weights / weights.sum()
+        return self.cond[index], self.w[index][:, None], weights, {"stage1/effective_samples": 1.0 / share.pow(2).sum()}
+
+
+@dataclass
+class _ScoredCandidates:
+    """Batches of fresh candidates, half from the prior and half from the policy, weighted by the critic's score."""
+
+    flow: FlowPolicy
+    critic: EnsembleChunkCritic
+    policy: LatentPolicy
+    cond: th.Tensor
+    n_candidates: int
+    kappa: float
+    tau: float
+    beta: float
+    normalize: bool
+
+    @th.no_grad()
+    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        cond = self.cond[th.randint(len(self.cond), (batch_size,))]
+        repeated = cond.repeat_interleave(self.n_candidates, dim=0)
+        w = th.randn(batch_size, self.n_candidates, *self.flow.noise_shape)
+        from_policy = self.n_candidates // 2
+        own = self.policy.sample(repeated).reshape(w.shape)
+        w[:, :from_policy] = own[:, :from_policy]
+        chunk = self.flow.executed(self.flow.decode(repeated, w.flatten(0, 1)))
+        q = self.critic.get_ucb_q(repeated, chunk, self.kappa).reshape(batch_size, self.n_candidates)
+        weights, advantages = candidate_weights(q, self.beta, self.tau, self.normalize)
+        scalars = {
+            "stage1/effective_candidates": effective_number(weights),
+            "stage1/q_spread": q.std(dim=1).mean(),
+            "stage1/advantage_max": advantages.amax(dim=1).mean(),
+        }
+        return cond, w, weights, scalars
+
+
+def pretrain_latent(
+    target: FlowPolicy | BaseAlgorithm,
+    demos: Demos | str | Path | None = None,
+    rollouts: Rollouts | None = None,
+    *,
+    weighting: Weighting = "auto",
+    n_iterations: int | None = None,
+    batch_size: int = 256,
+    learning_rate: float = 3e-4,
+    n_candidates: int = 16,
+    kappa: float = 1.0,
+    tau: float = 5.0,
+    beta: float | None = None,
+    kl_coef: float | None = None,
+    normalize_advantages: bool = True,
+    max_weight: float = 20.0,
+    gae_lambda: float = 0.5,
+    learn_std: bool = False,
+    warm_start_value: bool = False,
+    ignore_terminations: bool = True,
+    policy_kwargs: dict[str, Any] | None = None,
+    seed: int | None = None,
+    tensorboard_log: str | Path | None = None,
+    progress_bar: bool = False,
+) -> LatentPolicy:
+    """
+    Stage 1: trains a latent policy offline, before PPO or into a model that exists.
+
+    With ``weighting="candidates"`` the method's AW-MLE: ``n_candidates`` noises a state, scored by the critic. If
+    rollouts are given, a copy of the critic is first trained on demos and rollouts, so that it has seen failures. With
+    ``weighting="executed"`` the noises of the rollouts, weighted by their advantages; no critic is needed. "auto"
+    takes "executed" where there are rollouts.
+
+    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param demos: demos, or the path of an ``.h5`` file
+    :param rollouts: of the frozen flow, from :func:`~sb3_dsrl.evaluation.collect_rollouts`
+    :param weighting: see above
+    :param n_iterations: optimiser steps; None is 2,000 for candidates and 500 for executed noises
+    :param batch_size: states in a batch
+    :param learning_rate: of stage 1's own Adam; a model's optimiser stays as it is
+    :param n_candidates: M
+    :param kappa: the score is mean - kappa * std over the ensemble
+    :param tau: temperature of the soft baseline
+    :param beta: temperature of the weights; None is 1.0 for candidates and 0.3 for executed noises
+    :param kl_coef: weight of KL(pi || N(0, I)); None is 1e-3 for candidates and 1e-2 for executed noises
+    :param normalize_advantages: per state for candidates, over all macro-steps for executed noises
+    :param max_weight: clip of the weights of executed noises
+    :param gae_lambda: of the advantages of executed noises
+    :param learn_std: let the policy change its std; False holds it at its start
+    :param warm_start_value: also fit the value network to the critic under the new policy; reward scale, gamma and
+        terminations of stage 2 must be the critic's
+    :param ignore_terminations: of the demos' transitions, when the critic is trained; the same as in stage 2
+    :param policy_kwargs: of the new policy, when ``target`` is a flow; a model must then have the same ``net_arch``
+    :param seed: seeds torch's global generator; None leaves it alone
+    :param tensorboard_log: folder for TensorBoard, or None
+    :param progress_bar: show a progress bar
+    :return: the trained policy, in evaluation mode
+    :raises ValueError: if the data does not fit the flow, is missing, or is missing what the weighting needs
+    """
+    if seed is not None:
+        th.manual_seed(seed)
+    flow, policy = _flow_and_policy(target, policy_kwargs or {})
+    if demos is None and rollouts is None:
+        raise ValueError("pretrain_latent needs demos, rollouts, or both")
+    if weighting == "auto":
+        weighting = "executed" if rollouts is not None else "candidates"
+    if weighting not in ("candidates", "executed"):
+        raise ValueError(f"weighting must be 'auto', 'candidates' or 'executed', found {weighting!r}")
+    if n_candidates < 2:
+        raise ValueError(f"n_candidates must be at least 2, found {n_candidates}")
+    if rollouts is not None and (rollouts.cond.shape[1], *rollouts.w.shape[1:]) != (flow.cond_dim, *flow.noise_shape):
+        raise ValueError(
+            f"The rollouts do not fit the flow: features and noise are {(rollouts.cond.shape[1], *rollouts.w.shape[1:])}, "
+            f"expected {(flow.cond_dim, *flow.noise_shape)} (collect them with steer_mode='full')"
+        )
+    executed = weighting == "executed"
+    n_iterations = n_iterations or (500 if executed else 2_000)
+    beta = beta if beta is not None else (0.3 if executed else 1.0)
+    kl_coef = kl_coef if kl_coef is not None else (1e-2 if executed else 1e-3)
+
+    needs_critic = not executed or warm_start_value
+    transitions = _all_transitions(flow, demos, rollouts, ignore_terminations) if needs_critic else None
+    critic = _critic(flow, transitions, rollouts, tensorboard_log, progress_bar) if transitions is not None else None
+    source: _ExecutedNoise | _ScoredCandidates
+    if executed:
+        if rollouts is None:
+            raise ValueError("weighting='executed' weighs the noises of rollouts, but no rollouts were given")
+        advantages = executed_advantages(rollouts, gae_lambda)
+        if normalize_advantages:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        source = _ExecutedNoise(rollouts.cond, rollouts.w, exp_weights(advantages / beta, max_weight))
+    else:
+        assert critic is not None and transitions is not None
+        source = _ScoredCandidates(
+            flow, critic, policy, transitions.cond, n_candidates, kappa, tau, beta, normalize_advantages
+        )
+    _fit_policy(policy, source, n_iterations, batch_size, learning_rate, kl_coef, learn_std, tensorboard_log, progress_bar)
+    if warm_start_value:
+        assert critic is not None and transitions is not None
+        _fit_value(policy, flow, critic, transitions.cond, batch_size, tensorboard_log, progress_bar)
+    return policy.eval()
+
+
+def _flow_and_policy(target: FlowPolicy | BaseAlgorithm, policy_kwargs: dict[str, Any]) -> tuple[FlowPolicy, LatentPolicy]:
+    if isinstance(target, FlowPolicy):
+        steering = Steering(target, target.gamma)
+        return target, LatentPolicy(steering.observation_space, steering.action_space, lambda _: 3e-4, **policy_kwargs)
+    if not isinstance(target, BaseAlgorithm):
+        raise TypeError(f"pretrain_latent expects a FlowPolicy or a model with 'LatentPolicy', found {type(target).__name__}")
+    if not isinstance(target.policy, LatentPolicy):
+        raise ValueError(f"pretrain_latent expects a model with 'LatentPolicy', found {type(target.policy).__name__}")
+    env = target.get_env()
+    if env is None:
+        raise ValueError("pretrain_latent needs the model's env to find the flow: call model.set_env(env) first")
+    return find_steering(env).flow, target.policy
+
+
+def _all_transitions(
+    flow: FlowPolicy, demos: Demos | str | Path | None, rollouts: Rollouts | None, ignore_terminations: bool
+) -> FeatureTransitions:
+    parts = []
+    if demos is not None:
+        parts.append(demo_transitions(flow, demos if isinstance(demos, Demos) else load_demos(demos), ignore_terminations))
+    if rollouts is not None:
+        parts.append(rollouts.transitions())
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _critic(
+    flow: FlowPolicy,
+    transitions: FeatureTransitions,
+    rollouts: Rollouts | None,
+    tensorboard_log: str | Path | None,
+    progress_bar: bool,
+) -> EnsembleChunkCritic:
+    if flow.critic is None:
+        raise ValueError("This flow has no critic to score candidates with: use weighting='executed' with rollouts")
+    if rollouts is None:
+        return flow.critic
+    return train_critic(
+        flow, transitions, critic=deepcopy(flow.critic), tensorboard_log=tensorboard_log, progress_bar=progress_bar
+    )
+
+
+def _fit_policy(
+    policy: LatentPolicy,
+    source: _ExecutedNoise | _ScoredCandidates,
+    n_iterations: int,
+    batch_size: int,
+    learning_rate: float,
+    kl_coef: float,
+    learn_std: bool,
+    tensorboard_log: str | Path | None,
+    progress_bar: bool,
+) -> None:
+    params = [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
+    params += [policy.log_std] if learn_std else []
+    optimizer = th.optim.Adam(params, lr=learning_rate)
+    loop = ProgressLoop("stage 1", n_iterations, progress_bar, tensorboard_log)
+    for _ in loop:
+        cond, w, weights, scalars = source.sample(batch_size)
+        loss = aw_mle_loss(policy, cond, w, weights, kl_coef)
+        optimizer.zero_grad()
+        loss.backward()
+        if not learn_std:
+            _drop_std_gradients(policy.action_net)
+        optimizer.step()
+        loop.log({"stage1/loss": loss, **scalars})
+
+
+def _drop_std_gradients(head: nn.Module) -> None:
+    # The second half of the head's outputs is the state-dependent part of log_std.
+    for parameter in head.parameters():
+        if parameter.grad is not None:
+            parameter.grad[len(parameter) // 2 :] = 0.0
+
+
+def _fit_value(
+    policy: LatentPolicy,
+    flow: FlowPolicy,
+    critic: EnsembleChunkCritic,
+    cond: th.Tensor,
+    batch_size: int,
+    tensorboard_log: str | Path | None,
+    progress_bar: bool,
+    n_iterations: int = 500,
+) -> None:
+    params = [*policy.mlp_extractor.value_net.parameters(), *policy.value_net.parameters()]
+    optimizer = th.optim.Adam(params, lr=1e-3)
+    loop = ProgressLoop("stage 1: value", n_iterations, progress_bar, tensorboard_log)
+    for _ in loop:
+        batch = cond[th.randint(len(cond), (batch_size,))]
+        with th.no_grad():
+            chunk = flow.executed(flow.decode(batch, policy.sample(batch)))
+            target = critic(batch, chunk).mean(dim=0)
+        loss = (policy.predict_values(batch).squeeze(-1) - target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loop.log({"stage1/value_loss": loss})

@@ -1,0 +1,137 @@
+"""What both forms of the wrapper share: the noise space, and the way from noise to chunk and from observation to features."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+
+from sb3_dsrl.flow import FlowPolicy
+
+SteerMode = Literal["full", "act_horizon"]
+
+
+class NoiseSpace(spaces.Box):
+    """
+    The action space of a steered env: a Box of flow noise, symmetric and finite as SB3 demands.
+
+    Two things set it apart from a Box. :meth:`sample` draws from the prior N(0, I), clipped to the bounds, so that the
+    random warm-up of SAC and TQC is the base policy (a uniform sample would not be). And it carries the flow's
+    fingerprint and the macro-step discount and compares them, so that SB3's own check of spaces in ``PPO.load`` and
+    ``set_env`` refuses another flow.
+
+    :param shape: (T, A), or (H, A) with ``steer_mode="act_horizon"``
+    :param noise_bound: each entry lies in [-noise_bound, noise_bound]
+    :param flow_hash: :meth:`FlowPolicy.fingerprint`
+    :param macro_gamma: discount of one macro-step, ``gamma ** H``
+    :param seed: of the space's own generator
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], noise_bound: float, flow_hash: str, macro_gamma: float, seed: int | None = None
+    ) -> None:
+        super().__init__(-noise_bound, noise_bound, shape, np.float32, seed=seed)
+        self.noise_bound, self.flow_hash, self.macro_gamma = float(noise_bound), flow_hash, float(macro_gamma)
+
+    def sample(self, mask: None = None, probability: None = None) -> np.ndarray:
+        """Draws from the prior N(0, I), clipped to the bounds."""
+        return self.np_random.standard_normal(self.shape).clip(self.low, self.high).astype(np.float32)
+
+    def __eq__(self, other: Any) -> bool:
+        return (
+            isinstance(other, NoiseSpace)
+            and super().__eq__(other)
+            and self.flow_hash == other.flow_hash
+            and bool(np.isclose(self.macro_gamma, other.macro_gamma))
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"NoiseSpace(shape={self.shape}, noise_bound={self.noise_bound:g}, flow_hash={self.flow_hash}, "
+            f"macro_gamma={self.macro_gamma:.6g})"
+        )
+
+
+class Steering:
+    """
+    A frozen flow together with how its noise is presented to RL.
+
+    :param flow: the policy that is steered; it is frozen
+    :param gamma: discount per env step
+    :param noise_bound: bound of the noise space; at 4 the clipping touches 6 in 100,000 entries of the prior
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
+    :param num_steps: decoding steps; None is the flow's own
+    :param seed: of the generator of the tail
+    :raises ValueError: if an argument is out of range
+    """
+
+    def __init__(
+        self,
+        flow: FlowPolicy,
+        gamma: float = 0.99,
+        noise_bound: float = 4.0,
+        steer_mode: SteerMode = "full",
+        num_steps: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(flow, FlowPolicy):
+            raise TypeError(
+                f"flow must be a FlowPolicy, found {type(flow).__name__}; load one with FlowPolicy.from_pretrained(folder)"
+            )
+        if noise_bound <= 0:
+            raise ValueError(f"noise_bound must be positive, found {noise_bound}")
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
+        if steer_mode not in ("full", "act_horizon"):
+            raise ValueError(f"steer_mode must be 'full' or 'act_horizon', found {steer_mode!r}")
+        if num_steps is not None and num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, found {num_steps}")
+        self.flow = flow.freeze()
+        self.gamma, self.macro_gamma = gamma, gamma**flow.act_horizon
+        self.steer_mode, self.num_steps = steer_mode, num_steps
+        steered = flow.pred_horizon if steer_mode == "full" else flow.act_horizon
+        self.observation_space = spaces.Box(-np.inf, np.inf, (flow.cond_dim,), np.float32)
+        self.action_space = NoiseSpace((steered, flow.action_dim), noise_bound, flow.fingerprint(), self.macro_gamma)
+        self.seed(seed)
+
+    def seed(self, seed: int | None) -> None:
+        """
+        :param seed: of the generator that draws the unsteered tail of the noise
+        """
+        self._generator = th.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+    @th.no_grad()
+    def features(self, obs: np.ndarray) -> np.ndarray:
+        """
+        :param obs: stacked observations, (N, obs_horizon, D)
+        :return: (N, C)
+        """
+        return self.flow.encode(obs).cpu().numpy()
+
+    @th.no_grad()
+    def chunk(self, features: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """
+        :param features: (N, C)
+        :param w: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``
+        :return: the part of the decoded chunks that is executed, (N, H, A)
+        """
+        device = self.flow.device
+        noise = self.full_noise(th.as_tensor(w, dtype=th.float32, device=device))
+        chunk = self.flow.decode(th.as_tensor(features, device=device), noise, self.num_steps)
+        return self.flow.executed(chunk).cpu().numpy()
+
+    def full_noise(self, w: th.Tensor) -> th.Tensor:
+        """
+        Completes steered noise to all T entries, with the prior.
+
+        :param w: (N, T, A) or (N, H, A)
+        :return: (N, T, A)
+        """
+        missing = self.flow.pred_horizon - w.shape[1]
+        if missing == 0:
+            return w
+        rest = th.randn(len(w), missing, self.flow.action_dim, generator=self._generator).to(w)
+        head, tail = rest[:, : self.flow.action_offset], rest[:, self.flow.action_offset :]
+        return th.cat([head, w, tail], dim=1)

@@ -1,0 +1,338 @@
+"""Envs whose step is a chunk, and envs whose action is flow noise: one for a single gym env, one for many.
+
+Letters in shapes: ``N`` envs, ``T`` = pred_horizon, ``H`` = act_horizon, ``A`` action dim, ``C`` features, ``D``
+dimensions of one observation, ``k`` env steps really executed in a chunk (1..H), ``w`` noise.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.steering import Steering, SteerMode
+
+
+class ActionChunkWrapper(gym.Wrapper):
+    """
+    One step of this env is a macro-step: it executes a chunk of H actions and returns the SMDP transition.
+
+    - The reward is ``sum_{i<k} gamma^i r_i`` (times ``reward_scale``).
+    - A termination stops the chunk: nothing after it is executed or rewarded.
+    - A time limit inside a chunk does not cut it. The chunk runs to its end and the episode is truncated there, so that every
+      macro-step from which SB3 bootstraps lasts exactly H env steps and ``gamma ** H`` is its discount.
+    - Observations are the last ``obs_horizon`` frames, oldest first, copied.
+
+    ``info`` holds ``chunk_length`` (k) and, if the env reports ``success`` (or ``is_success``), ``is_success``. At the
+    end of an episode it holds ``success_once``, ``success_at_end``, ``episode_return`` (undiscounted, unscaled) and
+    ``episode_length`` (env steps), all of which stop counting at the time limit, and SB3's ``episode`` with the same
+    return and length.
+
+    :param env: env with a Box action space and a Box observation space; a ManiSkill CPU env as ``gym.make`` returns it
+        is unbatched
+    :param act_horizon: H
+    :param obs_horizon: frames in an observation
+    :param gamma: discount per env step
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param reward_scale: factor on the macro reward
+    :raises ValueError: if the env is batched, or its spaces are not bounded Boxes
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        act_horizon: int,
+        obs_horizon: int = 1,
+        gamma: float = 0.99,
+        ignore_terminations: bool = False,
+        reward_scale: float = 1.0,
+    ) -> None:
+        if isinstance(env, (VecEnv, gym.vector.VectorEnv)):
+            raise ValueError(
+                f"This wrapper is for one env, found {type(env).__name__} with {env.num_envs}; for many ManiSkill envs use "
+                f"make_latent_env, for an SB3 VecEnv of chunk envs VecLatentSteering"
+            )
+        if hasattr(env.unwrapped, "single_action_space"):  # a ManiSkill env: torch tensors with a batch dimension
+            from sb3_dsrl.maniskill import unbatched
+
+            env = unbatched(env)
+        super().__init__(env)
+        if act_horizon < 1 or obs_horizon < 1:
+            raise ValueError(f"act_horizon and obs_horizon must be at least 1, found {act_horizon} and {obs_horizon}")
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
+        action_space, obs_space = env.action_space, env.observation_space
+        if not (isinstance(action_space, spaces.Box) and action_space.is_bounded() and len(action_space.shape) == 1):
+            raise ValueError(f"ActionChunkWrapper needs a bounded Box of shape (A,) as action space, found {action_space}")
+        if not (isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1):
+            raise ValueError(f"ActionChunkWrapper needs a Box of shape (D,) as observation space, found {obs_space}")
+        self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
+        self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
+        self.action_space = spaces.Box(-1.0, 1.0, (act_horizon, *action_space.shape), np.float32)
+        self.observation_space = spaces.Box(
+            np.repeat(obs_space.low[None], obs_horizon, 0), np.repeat(obs_space.high[None], obs_horizon, 0), dtype=np.float32
+        )
+        self._low, self._high, self._action_dtype = action_space.low, action_space.high, action_space.dtype
+        self.env_id = env.spec.id if env.spec is not None else None
+        self.control_mode: str | None = getattr(env.unwrapped, "control_mode", None)
+        self._frames: deque[np.ndarray] = deque(maxlen=obs_horizon)
+        self._episode = _EpisodeMetrics()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts an episode; the first observation fills all frames."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._frames.extend([self._frame(obs)] * self.obs_horizon)
+        self._episode = _EpisodeMetrics()
+        return np.stack(self._frames), info
+
+    def step(self, chunk: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """
+        :param chunk: (H, A), in [-1, 1]
+        :return: observation (obs_horizon, D), macro reward, terminated, truncated, info
+        """
+        actions = self._low + (np.clip(chunk, -1.0, 1.0) + 1.0) * 0.5 * (self._high - self._low)
+        macro_reward, terminated, truncated, k = 0.0, False, False, 0
+        info: dict[str, Any] = {}
+        for action in actions.astype(self._action_dtype):
+            obs, reward, ended, timed_out, info = self.env.step(action)
+            macro_reward += self.gamma**k * float(reward)
+            k += 1
+            self._frames.append(self._frame(obs))
+            self._episode.update(float(reward), info)
+            terminated = bool(ended) and not self.ignore_terminations
+            if terminated:
+                break
+            if timed_out:
+                truncated = True
+                self._episode.close()
+        info = dict(info, chunk_length=k)
+        if self._episode.success is not None:
+            info["is_success"] = self._episode.success
+        if terminated or truncated:
+            info.update(self._episode.summary())
+        return np.stack(self._frames), self.reward_scale * macro_reward, terminated, truncated, info
+
+    @staticmethod
+    def _frame(obs: np.ndarray) -> np.ndarray:
+        # copied: the arrays of a CPU simulator alias its memory
+        return np.array(obs, dtype=np.float32)
+
+
+class _EpisodeMetrics:
+    """Return, length and success of one episode in env steps, up to the time limit."""
+
+    def __init__(self) -> None:
+        self.success: bool | None = None
+        self._once = False
+        self._return, self._length, self._closed = 0.0, 0, False
+        self._start = time.time()
+
+    def update(self, reward: float, info: dict[str, Any]) -> None:
+        if self._closed:
+            return
+        self._return += reward
+        self._length += 1
+        found = info.get("success", info.get("is_success"))
+        if found is not None:
+            self.success = bool(found)
+            self._once = self._once or self.success
+
+    def close(self) -> None:
+        self._closed = True
+
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = dict(
+            episode_return=self._return,
+            episode_length=self._length,
+            episode=dict(r=self._return, l=self._length, t=round(time.time() - self._start, 6)),
+        )
+        if self.success is not None:
+            summary.update(success_once=self._once, success_at_end=self.success)
+        return summary
+
+
+class LatentSteeringWrapper(gym.Wrapper):
+    """
+    Turns an env into one whose action is the noise of a frozen flow, and whose observation is the flow's features.
+
+    For one env; :class:`VecLatentSteering` is the form for many. It passes SB3's ``check_env`` and goes wherever a gym
+    env goes (``make_vec_env``, ``Monitor``, rl-zoo3).
+
+    :param env: a CPU ManiSkill env as ``gym.make`` returns it, any gym env with Box spaces, or an :class:`ActionChunkWrapper`
+    :param flow: the policy that is steered; it is frozen
+    :param gamma: discount per env step
+    :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
+    :param num_steps: decoding steps; None is the flow's own
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param reward_scale: factor on the macro reward
+    :raises ValueError: if flow and env do not fit
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        flow: FlowPolicy,
+        gamma: float = 0.99,
+        noise_bound: float = 4.0,
+        steer_mode: SteerMode = "full",
+        num_steps: int | None = None,
+        ignore_terminations: bool = False,
+        reward_scale: float = 1.0,
+    ) -> None:
+        self.steering = Steering(flow, gamma, noise_bound, steer_mode, num_steps)
+        if not isinstance(env, ActionChunkWrapper):
+            env = ActionChunkWrapper(env, flow.act_horizon, flow.obs_horizon, gamma, ignore_terminations, reward_scale)
+        super().__init__(env)
+        if env.gamma != gamma:
+            raise ValueError(f"gamma={gamma} was asked for, but the ActionChunkWrapper below discounts with gamma={env.gamma}")
+        _check_env_fits(flow, env.observation_space, env.action_space, env.env_id, env.control_mode)
+        self.observation_space, self.action_space = self.steering.observation_space, self.steering.action_space
+        self._features = np.zeros((1, flow.cond_dim), np.float32)
+
+    @property
+    def macro_gamma(self) -> float:
+        """Discount of one macro-step, ``gamma ** H``: pass it to PPO as ``gamma``."""
+        return self.steering.macro_gamma
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts an episode; a seed also seeds the unsteered tail of the noise."""
+        if seed is not None:
+            self.steering.seed(seed)
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._encode(obs), info
+
+    def step(self, w: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """
+        :param w: noise, (T, A), or (H, A) with ``steer_mode="act_horizon"``
+        :return: features (C,), macro reward, terminated, truncated, info
+        """
+        chunk = self.steering.chunk(self._features, w[None])[0]
+        obs, reward, terminated, truncated, info = self.env.step(chunk)
+        return self._encode(obs), float(reward), terminated, truncated, dict(info, action_chunk=chunk)
+
+    def _encode(self, obs: np.ndarray) -> np.ndarray:
+        self._features = self.steering.features(obs[None])
+        return self._features[0]
+
+
+class VecLatentSteering(VecEnvWrapper):
+    """
+    The form of :class:`LatentSteeringWrapper` for many envs, named like ``VecNormalize``: below it lie chunk envs (one
+    message a macro-step), above it the flow decodes all of them in one batch.
+
+    :param venv: vectorised :class:`ActionChunkWrapper` envs
+    :param flow: the policy that is steered; it is frozen
+    :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
+    :param num_steps: decoding steps; None is the flow's own
+    :raises ValueError: if flow and envs do not fit
+    """
+
+    def __init__(
+        self,
+        venv: VecEnv,
+        flow: FlowPolicy,
+        noise_bound: float = 4.0,
+        steer_mode: SteerMode = "full",
+        num_steps: int | None = None,
+    ) -> None:
+        try:
+            gamma = float(venv.get_attr("gamma", indices=0)[0])
+        except AttributeError as error:
+            raise ValueError(
+                "VecLatentSteering expects vectorised ActionChunkWrapper envs; for one env use LatentSteeringWrapper, "
+                "for ManiSkill envs make_latent_env"
+            ) from error
+        self.steering = Steering(flow, gamma, noise_bound, steer_mode, num_steps)
+        env_id, control_mode = (venv.get_attr(name, indices=0)[0] for name in ("env_id", "control_mode"))
+        _check_env_fits(flow, venv.observation_space, venv.action_space, env_id, control_mode)
+        super().__init__(venv, self.steering.observation_space, self.steering.action_space)
+        self._features = np.zeros((venv.num_envs, flow.cond_dim), np.float32)
+        self._chunks = np.zeros((venv.num_envs, flow.act_horizon, flow.action_dim), np.float32)
+
+    @property
+    def macro_gamma(self) -> float:
+        """Discount of one macro-step, ``gamma ** H``: pass it to PPO as ``gamma``."""
+        return self.steering.macro_gamma
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """
+        :param seed: of the envs (at their next reset) and of the unsteered tail of the noise
+        """
+        self.steering.seed(seed)
+        return self.venv.seed(seed)
+
+    def reset(self) -> VecEnvObs:
+        """
+        :return: features, (N, C)
+        """
+        self._features = self.steering.features(np.asarray(self.venv.reset()))
+        return self._features.copy()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """
+        :param actions: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``
+        """
+        self._chunks = self.steering.chunk(self._features, actions)
+        self.venv.step_async(self._chunks)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        :return: features (N, C), macro rewards (N,), dones (N,), infos
+        """
+        obs, rewards, dones, infos = self.venv.step_wait()
+        self._features = self.steering.features(np.asarray(obs))
+        ended = [i for i, info in enumerate(infos) if "terminal_observation" in info]
+        if ended:
+            terminal = self.steering.features(np.stack([infos[i]["terminal_observation"] for i in ended]))
+            for i, features in zip(ended, terminal, strict=True):
+                infos[i]["terminal_observation"] = features
+        for info, chunk in zip(infos, self._chunks, strict=True):
+            info["action_chunk"] = chunk
+        return self._features.copy(), rewards, dones, infos
+
+
+def find_steering(env: gym.Env | VecEnv) -> Steering:
+    """
+    The steering below any number of wrappers.
+
+    :param env: a steered env, gym or vectorised
+    :raises ValueError: if the env is not steered
+    """
+    layer: Any = env
+    while isinstance(layer, VecEnvWrapper) and not isinstance(layer, VecLatentSteering):
+        layer = layer.venv
+    if isinstance(layer, VecLatentSteering):
+        return layer.steering
+    try:
+        return layer.get_attr("steering", indices=0)[0] if isinstance(layer, VecEnv) else layer.get_wrapper_attr("steering")
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(env).__name__} is not steered: wrap it in LatentSteeringWrapper or VecLatentSteering, "
+            f"or use make_latent_env"
+        ) from error
+
+
+def _check_env_fits(
+    flow: FlowPolicy, obs_space: spaces.Space, action_space: spaces.Space, env_id: str | None, control_mode: str | None
+) -> None:
+    for what, found, expected in (
+        ("chunks have shape (H, A)", action_space.shape, (flow.act_horizon, flow.action_dim)),
+        ("observations have shape (obs_horizon, D)", obs_space.shape, (flow.obs_horizon, flow.encoder.obs_dim)),
+    ):
+        if found != expected:
+            raise ValueError(f"The env does not fit the flow: its {what} = {found}, but the flow's are {expected}")
+    if None not in (control_mode, flow.control_mode) and control_mode != flow.control_mode:
+        raise ValueError(f"The env has control_mode={control_mode!r}, but the flow's actions are for {flow.control_mode!r}")
+    if None not in (env_id, flow.env_id) and env_id != flow.env_id:
+        warnings.warn(f"The flow was trained on {flow.env_id}, but steers {env_id}", stacklevel=3)

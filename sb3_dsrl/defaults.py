@@ -10,7 +10,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_dsrl.wrappers import find_steering
 
 #: Macro-steps that one PPO update learns from, over all envs.
-ROLLOUT_SIZE = 512
+ROLLOUT_SIZE = 1024
+N_MINIBATCHES = 4
 
 
 def ppo_kwargs(env: gym.Env | VecEnv, **overrides: Any) -> dict[str, Any]:
@@ -22,11 +23,11 @@ def ppo_kwargs(env: gym.Env | VecEnv, **overrides: Any) -> dict[str, Any]:
     :raises ValueError: if the env is not steered
     """
     n_envs = env.num_envs if isinstance(env, VecEnv) else 1
-    n_steps = max(1, ROLLOUT_SIZE // n_envs)
+    n_steps = N_MINIBATCHES * max(1, ROLLOUT_SIZE // (N_MINIBATCHES * n_envs))
     kwargs: dict[str, Any] = dict(
         gamma=find_steering(env).macro_gamma,
         n_steps=n_steps,
-        batch_size=min(128, n_steps * n_envs),
+        batch_size=n_steps * n_envs // N_MINIBATCHES,
         n_epochs=10,
         learning_rate=3e-4,
         clip_range=0.2,

@@ -10,6 +10,7 @@ Letters in shapes: ``n`` samples, ``L`` env steps of an episode, ``D`` dimension
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
     env_kwargs = env_info.get("env_kwargs", {})
     # replay_trajectory rewrites the control mode of each episode; older files have it in env_kwargs only
     modes = {ep.get("control_mode") or env_kwargs.get("control_mode") for ep in listed} or {env_kwargs.get("control_mode")}
+    if None in modes:
+        raise ValueError(f"{meta_path} names no control_mode, neither in env_info/env_kwargs nor in the episodes")
     if len(modes) > 1:
         raise ValueError(f"{meta_path} mixes control modes {sorted(map(str, modes))}; expected one")
     found_mode = str(modes.pop())
@@ -132,7 +135,7 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         )
     try:
         with h5py.File(path, "r") as file:
-            names = sorted((name for name in file if name.startswith("traj_")), key=lambda name: int(name[len("traj_") :]))
+            names = sorted(filter(re.compile(r"traj_\d+").fullmatch, file), key=lambda name: int(name[len("traj_") :]))
             if not names:
                 raise ValueError(f"{path} holds no episodes (no group named traj_0, traj_1, ...)")
             if num_demos is not None and num_demos > len(names):
@@ -164,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     for key in ("env_info", "episodes"):
         if not isinstance(meta, dict) or key not in meta:
             raise ValueError(f"{path} has no key {key!r}; expected the JSON that ManiSkill writes beside a trajectory file")
-    if "env_id" not in meta["env_info"]:
+    if not isinstance(meta["env_info"], dict) or "env_id" not in meta["env_info"]:
         raise ValueError(f"{path} has no key 'env_info/env_id'")
     return meta
 
@@ -187,6 +190,9 @@ def _read_episode(path: Path, name: str, group: h5py.Group) -> Episode:
     for key, (value, n) in expected.items():
         if value is not None and len(value) != n:
             raise ValueError(f"{where}/{key} has {len(value)} entries, expected {n} for {length} actions")
+        dims = 2 if key == "obs" else 1
+        if value is not None and value.ndim != dims:
+            raise ValueError(f"{where}/{key} has shape {value.shape}, expected {dims} dimension{'s' * (dims > 1)}")
     for key, value in {"obs": obs, "actions": actions, "rewards": series["rewards"]}.items():
         if value is not None and not np.isfinite(value).all():
             raise ValueError(f"{where}/{key} holds NaN or infinite values")

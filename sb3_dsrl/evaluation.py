@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch as th
 from scipy.stats import binomtest
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 from tqdm import tqdm
 
 from sb3_dsrl.flow import FlowPolicy
@@ -76,6 +76,8 @@ class Rollouts:
     :param episode: index of the episode, (n,)
     :param success_at_end: of each episode, (episodes,)
     :param env_steps: env steps that the simulator executed
+    :param flow_hash: fingerprint of the flow that was steered
+    :param gamma: discount per env step of rewards and discounts
     """
 
     cond: th.Tensor
@@ -87,6 +89,8 @@ class Rollouts:
     episode: np.ndarray
     success_at_end: np.ndarray
     env_steps: int
+    flow_hash: str
+    gamma: float
 
     def __len__(self) -> int:
         return len(self.cond)
@@ -226,13 +230,16 @@ def collect_rollouts(
     Plays episodes and keeps every macro-step, with the noise that was executed.
 
     :param player: see :func:`evaluate`
-    :param env: steered env, gym or vectorised, with ``steer_mode="full"``
+    :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
     :param seed: of the envs and of the noise
     :param deterministic: passed on to ``predict``
     :param progress_bar: show a progress bar
     """
-    gamma = find_steering(env).gamma
+    if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
+        raise ValueError("collect_rollouts needs the flow's own features and rewards: pass the env below VecNormalize")
+    steering = find_steering(env)
+    gamma = steering.gamma
     open_episodes: dict[int, list[tuple[Any, ...]]] = {}
     finished: list[list[tuple[Any, ...]]] = []
     success: list[bool] = []
@@ -253,7 +260,19 @@ def collect_rollouts(
         th.from_numpy(np.stack([np.asarray(row[c], np.float32) for rows in finished for row in rows])) for c in range(6)
     )
     index = np.repeat(np.arange(len(finished)), [len(rows) for rows in finished])
-    return Rollouts(cond, w, chunk, reward, discount, next_cond, index, np.array(success), env_steps)
+    return Rollouts(
+        cond,
+        w,
+        chunk,
+        reward,
+        discount,
+        next_cond,
+        index,
+        np.array(success),
+        env_steps,
+        steering.action_space.flow_hash,
+        gamma,
+    )
 
 
 def results_table(results: Sequence[EvalResult]) -> str:
@@ -284,7 +303,7 @@ def _actor(player: Player, venv: VecEnv, seed: int, deterministic: bool) -> Call
             return lambda obs: np.zeros(shape, np.float32)
         raise ValueError(f"Unknown control {player!r}; expected 'prior' (w ~ N(0, I)) or 'zero' (w = 0)")
     if isinstance(player, np.ndarray):
-        fixed = np.broadcast_to(player.astype(np.float32), shape)
+        fixed = np.broadcast_to(player.astype(np.float32), shape).clip(space.low, space.high)
         return lambda obs: fixed
     predictor = player
     return lambda obs: predictor.predict(obs, deterministic=deterministic)[0]

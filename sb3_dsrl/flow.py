@@ -9,6 +9,7 @@ import numpy as np
 import torch as th
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch import nn
 
 from sb3_dsrl import networks
@@ -72,6 +73,8 @@ class FlowPolicy(
         reward_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if action_offset < 0 or num_steps < 1:
+            raise ValueError(f"action_offset must be >= 0 and num_steps >= 1, found {action_offset} and {num_steps}")
         if not 1 <= act_horizon <= velocity.pred_horizon - action_offset:
             raise ValueError(
                 f"act_horizon must lie in 1..{velocity.pred_horizon - action_offset} (pred_horizon - action_offset), "
@@ -142,10 +145,14 @@ class FlowPolicy(
 
         :param cond: (B, C)
         :param w: noise, (B, T, A)
-        :param num_steps: steps; None is the policy's own ``num_steps``
+        :param num_steps: steps; None is the policy's own ``num_steps``. Training knows the step sizes 1, 1/2, 1/4 and 1/8;
+            other numbers of steps than 1, 2, 4 and 8 rely on the network between and beyond them.
         :return: (B, T, A), clipped to [-1, 1]
+        :raises ValueError: if ``num_steps`` is not positive
         """
-        n = num_steps or self.num_steps
+        n = self.num_steps if num_steps is None else num_steps
+        if n < 1:
+            raise ValueError(f"num_steps must be at least 1, found {n}")
         d = th.full((len(w),), 1.0 / n, device=w.device, dtype=w.dtype)
         x = w
         for i in range(n):
@@ -179,7 +186,8 @@ class FlowPolicy(
 
     def fingerprint(self) -> str:
         """
-        Hash of everything that decides which chunk a noise becomes: encoder, velocity field, horizons. The critic is not part
+        Hash of what makes a flow this flow: encoder, velocity field, horizons. ``num_steps`` is not part of it, so
+        that a policy may be moved to a cheaper decode of the same flow. The critic is not part
         of it, since steering does not run it.
 
         :return: 16 hexadecimal digits
@@ -202,6 +210,7 @@ class FlowPolicy(
         :param kwargs: further arguments of ``huggingface_hub.PyTorchModelHubMixin.from_pretrained``
         :raises FileNotFoundError: if there is no such folder or repository, or ``config.json`` or
             ``model.safetensors`` is missing
+        :raises ValueError: if the files are damaged or do not fit each other
         """
         folder = Path(pretrained_model_name_or_path)
         kwargs.setdefault("strict", True)
@@ -211,7 +220,6 @@ class FlowPolicy(
                     raise FileNotFoundError(
                         f"{folder} holds no {name}: expected a folder written by FlowPolicy.save_pretrained"
                     )
-            return super().from_pretrained(folder, **kwargs).freeze()
         try:
             return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs).freeze()
         except (OSError, HFValidationError) as error:
@@ -219,3 +227,20 @@ class FlowPolicy(
                 f"{pretrained_model_name_or_path} is neither a folder written by FlowPolicy.save_pretrained "
                 f"nor a model on the Hugging Face hub that can be reached from here"
             ) from error
+        except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {error}") from error
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        for net in (self.encoder, self.velocity, self.critic):
+            if net is not None and getattr(networks, type(net).__name__, None) is not type(net):
+                raise ValueError(f"Only networks of sb3_dsrl.networks can be saved, found {type(net).__name__}")
+        # What the policy is now, not what it was built with
+        names = ("act_horizon", "num_steps", "action_offset", "env_id", "obs_mode", "control_mode", "gamma", "reward_scale")
+        self._hub_mixin_config = dict(
+            encoder=_to_config(self.encoder),
+            velocity=_to_config(self.velocity),
+            critic=None if self.critic is None else _to_config(self.critic),
+            obs_keys=list(self.obs_keys),
+            **{name: getattr(self, name) for name in names},
+        )
+        super()._save_pretrained(save_directory)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import mani_skill.envs  # noqa: F401  registers the envs
+import numpy as np
 import torch as th
 from mani_skill.utils.registration import REGISTERED_ENVS
 from mani_skill.utils.wrappers import CPUGymWrapper
@@ -23,7 +24,7 @@ def unbatched(env: gym.Env) -> gym.Env:
     """
     A single CPU ManiSkill env as a standard gym env: NumPy, no batch dimension.
 
-    :param env: as ``gym.make`` returns it; an env that ManiSkill's ``CPUGymWrapper`` already wraps is returned as it is
+    :param env: as ``gym.make`` returns it; an env that ManiSkill's ``CPUGymWrapper`` already wraps keeps it
     :raises ValueError: if it simulates several envs or runs on the GPU
     """
     base: Any = env.unwrapped
@@ -35,9 +36,32 @@ def unbatched(env: gym.Env) -> gym.Env:
     layer = env
     while isinstance(layer, gym.Wrapper):
         if isinstance(layer, CPUGymWrapper):
-            return env
+            return EpisodeSeeds(env)
         layer = layer.env
-    return CPUGymWrapper(env)
+    return EpisodeSeeds(CPUGymWrapper(env))
+
+
+class EpisodeSeeds(gym.Wrapper):
+    """
+    Gives every episode a seed of its own, drawn from the one that the env was seeded with.
+
+    ManiSkill starts an episode without a seed from torch's global generator, which forked workers share: their
+    episodes would all start alike, and differently in every run.
+
+    :param env: a ManiSkill env
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._rng = np.random.default_rng()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """The given seed, or the next one of those that follow from the last seed given."""
+        if seed is None:
+            seed = int(self._rng.integers(2**31))
+        else:
+            self._rng = np.random.default_rng(seed)
+        return self.env.reset(seed=seed, options=options)
 
 
 def make_chunk_env(

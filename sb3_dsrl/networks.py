@@ -247,6 +247,11 @@ class StateEncoder(nn.Module):
         self.std.copy_(frames.std(dim=0, unbiased=False).clamp_min(min_std))
 
     def forward(self, obs: th.Tensor) -> th.Tensor:
+        if obs.shape[1:] != (self.obs_horizon, self.obs_dim):
+            raise ValueError(
+                f"Observations must have shape (B, obs_horizon, obs_dim) = (B, {self.obs_horizon}, {self.obs_dim}), "
+                f"found {tuple(obs.shape)}"
+            )
         return ((obs - self.mean) / self.std).flatten(1)
 
 
@@ -290,6 +295,8 @@ class EnsembleChunkCritic(nn.Module):
         super().__init__()
         self.config = dict(cond_dim=cond_dim, act_horizon=act_horizon, action_dim=action_dim, n_heads=n_heads, width=width)
         self.n_heads = n_heads
+        self.updates: th.Tensor
+        self.register_buffer("updates", th.tensor(0))  # an untrained critic must not rank anything in silence
         layers: list[nn.Module] = []
         for n_in in (cond_dim + act_horizon * action_dim, width, width):
             layers += [EnsembleLinear(n_heads, n_in, width), EnsembleLayerNorm(n_heads, width), nn.Mish()]

@@ -49,6 +49,10 @@ class FeatureTransitions:
     def __add__(self, other: FeatureTransitions) -> FeatureTransitions:
         return FeatureTransitions(*(th.cat([a, b]) for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
+    def to(self, device: th.device) -> FeatureTransitions:
+        """The same transitions on another device."""
+        return FeatureTransitions(*(value.to(device) for value in vars(self).values()))
+
     def __getitem__(self, index: th.Tensor) -> FeatureTransitions:
         return FeatureTransitions(*(value[index] for value in vars(self).values()))
 
@@ -195,7 +199,7 @@ def train_flow(
     :param flow: policy to go on with; None creates one that fits the demos
     :param n_iterations: optimiser steps
     :param batch_size: windows in a batch
-    :param learning_rate: peak of a cosine schedule (AdamW)
+    :param learning_rate: start of a cosine schedule to 0 (AdamW)
     :param ema_decay: decay per iteration of the moving average, which is the teacher and the result
     :param beta: inverse temperature of the advantage weights ``exp(beta * A)``, A from ``flow.critic`` (train it first, with
         :func:`train_critic`); 0 is plain flow matching
@@ -208,10 +212,15 @@ def train_flow(
     :param create_kwargs: arguments of :meth:`FlowPolicy.create` when ``flow`` is None, such as ``velocity_class``,
         ``obs_horizon``, ``pred_horizon``, ``act_horizon``, ``gamma``
     :return: the trained policy, frozen
-    :raises ValueError: if demos and flow do not fit, or ``beta > 0`` without a critic
+    :raises ValueError: if demos and flow do not fit, ``beta > 0`` without a trained critic, or arguments
+        contradict each other
     """
     if seed is not None:
         th.manual_seed(seed)
+    if not 0 <= consistency_fraction < 1:
+        raise ValueError(f"consistency_fraction must lie in [0, 1), found {consistency_fraction}")
+    if flow is not None and create_kwargs:
+        raise ValueError(f"{sorted(create_kwargs)} describe a new flow, but a flow was given")
     if not isinstance(demos, Demos):
         demos = load_demos(demos)
     if flow is None:
@@ -229,7 +238,7 @@ def train_flow(
     velocity: VelocityNet = flow.velocity.train().requires_grad_(True)
     teacher = AveragedModel(velocity, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     optimizer = th.optim.AdamW(velocity.parameters(), lr=learning_rate, weight_decay=1e-4)
-    schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_iterations, pct_start=0.05)
+    schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_iterations)
     loop = ProgressLoop("stage 0: flow", n_iterations, progress_bar, tensorboard_log)
     for _ in loop:
         index = th.randint(len(chunk), (batch_size,), device=chunk.device)
@@ -296,6 +305,7 @@ def train_critic(
         loss.backward()
         optimizer.step()
         target.update_parameters(critic)
+        critic.updates += 1
         loop.log({"critic/td_loss": loss})
     return critic.eval().requires_grad_(False)
 
@@ -303,8 +313,10 @@ def train_critic(
 @th.no_grad()
 def _demo_advantages(flow: FlowPolicy, cond: th.Tensor, chunk: th.Tensor, n_samples: int = 4) -> th.Tensor:
     """Z-scored advantages Q(s, a_demo) - mean over the flow's own chunks Q(s, a), (n,)."""
-    if flow.critic is None:
-        raise ValueError("beta > 0 weights the demos by the critic's advantages, but this flow has no critic")
+    if flow.critic is None or not flow.critic.updates:
+        raise ValueError(
+            "beta > 0 weights the demos by the critic's advantages: train one first, with train_critic(flow, ...)"
+        )
     teacher = deepcopy(flow).freeze()
     q = flow.critic.get_ucb_q(cond, flow.executed(chunk), kappa=0.0)
     own = [

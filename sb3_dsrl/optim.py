@@ -1,4 +1,4 @@
-"""Adam with a learning-rate scale per parameter group."""
+"""Optimisers with a learning-rate scale per parameter group."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 
 
-class AdamLrScale(th.optim.Adam):
+class LrScale(th.optim.Optimizer):
     """
-    Adam whose parameter groups may carry ``lr_scale``, a factor on the group's learning rate.
+    Mixin: parameter groups may carry ``lr_scale``, a factor on the group's learning rate.
 
     SB3 writes one learning rate into *every* group at each update. The scale is applied inside :meth:`step`, so it
     survives that, and as a group entry it survives ``deepcopy``, ``state_dict`` and pickling (a step hook would not).
@@ -20,7 +21,7 @@ class AdamLrScale(th.optim.Adam):
         """
         One optimiser step.
 
-        :param closure: as in :class:`torch.optim.Adam`
+        :param closure: as in :class:`torch.optim.Optimizer`
         """
         base = [group["lr"] for group in self.param_groups]
         for group, lr in zip(self.param_groups, base, strict=True):
@@ -30,3 +31,23 @@ class AdamLrScale(th.optim.Adam):
         finally:
             for group, lr in zip(self.param_groups, base, strict=True):
                 group["lr"] = lr
+
+
+class AdamLrScale(LrScale, th.optim.Adam):
+    """Adam, PPO's optimiser."""
+
+
+class RMSpropLrScale(LrScale, th.optim.RMSprop):
+    """RMSprop, as A2C may use it."""
+
+
+class RMSpropTFLikeLrScale(LrScale, RMSpropTFLike):
+    """SB3's RMSprop, as A2C uses it by default."""
+
+
+#: The scaled form of the optimisers that SB3's on-policy algorithms choose.
+SCALED: dict[type[th.optim.Optimizer], type[th.optim.Optimizer]] = {
+    th.optim.Adam: AdamLrScale,
+    th.optim.RMSprop: RMSpropLrScale,
+    RMSpropTFLike: RMSpropTFLikeLrScale,
+}

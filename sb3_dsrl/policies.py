@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_dsrl.distributions import PriorMixtureDistribution
-from sb3_dsrl.optim import AdamLrScale
+from sb3_dsrl.optim import SCALED, AdamLrScale, LrScale
 from sb3_dsrl.steering import NoiseSpace
 
 LOG_STD_RANGE = (-5.0, 2.0)
@@ -77,7 +77,11 @@ class LatentPolicy(ActorCriticPolicy):
         self._centre_init = np.zeros(action_space.shape) if centre is None else np.asarray(centre, dtype=np.float64)
         if self._centre_init.shape != action_space.shape:
             raise ValueError(f"centre must have the noise's shape {action_space.shape}, found {self._centre_init.shape}")
-        kwargs.setdefault("optimizer_class", AdamLrScale)
+        optimizer_class = kwargs.pop("optimizer_class", AdamLrScale)
+        optimizer_class = SCALED.get(optimizer_class, optimizer_class)
+        if value_lr is not None and not issubclass(optimizer_class, LrScale):
+            raise ValueError(f"{optimizer_class.__name__} knows no lr_scale: set value_lr=None or use one of sb3_dsrl.optim")
+        kwargs["optimizer_class"] = optimizer_class
         kwargs["optimizer_kwargs"] = {"eps": 1e-5, **(kwargs.get("optimizer_kwargs") or {})}
         super().__init__(
             observation_space, action_space, lr_schedule, net_arch, activation_fn, log_std_init=log_std_init, **kwargs
@@ -189,27 +193,24 @@ class LatentPolicy(ActorCriticPolicy):
         Copies the weights into a model's policy. The model keeps its optimiser, its learning rates and its prior mix.
 
         :param model: PPO, A2C or TRPO with "LatentPolicy"
-        :raises ValueError: if the model's policy steers another flow, or has other networks
+        :raises ValueError: if the model's policy steers another flow or other entries of the noise, or has other networks
         """
         target = model.policy
         if not isinstance(target, LatentPolicy):
             raise ValueError(f"copy_into expects a model with 'LatentPolicy', found {type(target).__name__}")
         if target.flow_hash is not None and self.flow_hash is not None and target.flow_hash != self.flow_hash:
             raise ValueError(f"This policy steers flow {self.flow_hash}, but the model's env steers flow {target.flow_hash}")
+        for name, theirs, ours in (
+            ("noise shape", target.action_space.shape, self.action_space.shape),
+            ("number of features", target.observation_space.shape, self.observation_space.shape),
+            ("net_arch", target.net_arch, self.net_arch),
+            ("activation_fn", target.activation_fn, self.activation_fn),
+        ):
+            if theirs != ours:
+                raise ValueError(f"The model's {name} is {theirs}, but this policy's is {ours}: build both with the same")
         weights = self.state_dict()
         for name in ("prior_mix", "_decay_due"):
             weights[name] = target.state_dict()[name]
-        shapes = {
-            name: (tuple(value.shape), tuple(weights[name].shape))
-            for name, value in target.state_dict().items()
-            if name in weights
-        }
-        wrong = [name for name, (theirs, ours) in shapes.items() if theirs != ours]
-        if wrong or weights.keys() != target.state_dict().keys():
-            raise ValueError(
-                f"The model's networks differ from this policy's (net_arch={target.net_arch} there, {self.net_arch} here); "
-                f"build the model with policy_kwargs=dict(net_arch={self.net_arch})"
-            )
         target.load_state_dict(weights)
 
 

@@ -167,7 +167,7 @@ class _ExecutedNoise:
 class _ScoredCandidates:
     """Batches of fresh candidates, half from the prior and half from the policy, weighted by the critic's score."""
 
-    flow: FlowPolicy
+    steering: Steering
     critic: EnsembleChunkCritic
     policy: LatentPolicy
     cond: th.Tensor
@@ -179,13 +179,14 @@ class _ScoredCandidates:
 
     @th.no_grad()
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        flow, rows = self.steering.flow, self.steering.rows
         cond = self.cond[th.randint(len(self.cond), (batch_size,))]
         repeated = cond.repeat_interleave(self.n_candidates, dim=0)
-        w = th.randn(batch_size, self.n_candidates, *self.flow.noise_shape)
+        w = th.randn(batch_size, self.n_candidates, *flow.noise_shape, device=cond.device)
         from_policy = self.n_candidates // 2
-        own = self.policy.sample(repeated).reshape(w.shape)
-        w[:, :from_policy] = own[:, :from_policy]
-        chunk = self.flow.executed(self.flow.decode(repeated, w.flatten(0, 1)))
+        own = self.policy.sample(repeated).unflatten(0, (batch_size, self.n_candidates))
+        w[:, :from_policy, rows] = own[:, :from_policy]
+        chunk = flow.executed(flow.decode(repeated, w.flatten(0, 1)))
         q = self.critic.get_ucb_q(repeated, chunk, self.kappa).reshape(batch_size, self.n_candidates)
         weights, advantages = candidate_weights(q, self.beta, self.tau, self.normalize)
         scalars = {
@@ -193,7 +194,7 @@ class _ScoredCandidates:
             "stage1/q_spread": q.std(dim=1).mean(),
             "stage1/advantage_max": advantages.amax(dim=1).mean(),
         }
-        return cond, w, weights, scalars
+        return cond, w[:, :, rows], weights, scalars
 
 
 def pretrain_latent(
@@ -244,73 +245,101 @@ def pretrain_latent(
     :param normalize_advantages: per state for candidates, over all macro-steps for executed noises
     :param max_weight: clip of the weights of executed noises
     :param gae_lambda: of the advantages of executed noises
-    :param learn_std: let the policy change its std; False holds it at its start
+    :param learn_std: let the policy change its std; False holds it at its start (exactly so if the std does not depend on the
+        observation yet, as in a new policy)
     :param warm_start_value: also fit the value network to the critic under the new policy; reward scale, gamma and
         terminations of stage 2 must be the critic's
     :param ignore_terminations: of the demos' transitions, when the critic is trained; the same as in stage 2
-    :param policy_kwargs: of the new policy, when ``target`` is a flow; a model must then have the same ``net_arch``
+    :param policy_kwargs: of the new policy, only when ``target`` is a flow; a model that it is copied into must have the same
+        ``net_arch``
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
     :return: the trained policy, in evaluation mode
-    :raises ValueError: if the data does not fit the flow, is missing, or is missing what the weighting needs
+    :raises ValueError: if the data does not fit the flow, is missing, or is missing what the weighting needs, or an
+        argument is out of range
     """
     if seed is not None:
         th.manual_seed(seed)
-    flow, policy = _flow_and_policy(target, policy_kwargs or {})
     if demos is None and rollouts is None:
         raise ValueError("pretrain_latent needs demos, rollouts, or both")
     if weighting == "auto":
         weighting = "executed" if rollouts is not None else "candidates"
     if weighting not in ("candidates", "executed"):
         raise ValueError(f"weighting must be 'auto', 'candidates' or 'executed', found {weighting!r}")
-    if n_candidates < 2:
-        raise ValueError(f"n_candidates must be at least 2, found {n_candidates}")
-    if rollouts is not None and (rollouts.cond.shape[1], *rollouts.w.shape[1:]) != (flow.cond_dim, *flow.noise_shape):
-        raise ValueError(
-            f"The rollouts do not fit the flow: features and noise are {(rollouts.cond.shape[1], *rollouts.w.shape[1:])}, "
-            f"expected {(flow.cond_dim, *flow.noise_shape)} (collect them with steer_mode='full')"
-        )
     executed = weighting == "executed"
-    n_iterations = n_iterations or (500 if executed else 2_000)
-    beta = beta if beta is not None else (0.3 if executed else 1.0)
-    kl_coef = kl_coef if kl_coef is not None else (1e-2 if executed else 1e-3)
+    n_iterations = (500 if executed else 2_000) if n_iterations is None else n_iterations
+    beta = (0.3 if executed else 1.0) if beta is None else beta
+    kl_coef = (1e-2 if executed else 1e-3) if kl_coef is None else kl_coef
+    for name, value, smallest in (("n_candidates", n_candidates, 2), ("n_iterations", n_iterations, 1)):
+        if value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, found {value}")
+    for name, temperature in (("beta", beta), ("tau", tau)):
+        if temperature <= 0:
+            raise ValueError(f"{name} is a temperature and must be positive, found {temperature}")
 
-    needs_critic = not executed or warm_start_value
-    transitions = _all_transitions(flow, demos, rollouts, ignore_terminations) if needs_critic else None
-    critic = _critic(flow, transitions, rollouts, tensorboard_log, progress_bar) if transitions is not None else None
+    steering, policy = _steering_and_policy(target, policy_kwargs)
+    flow = steering.flow
+    if rollouts is not None:
+        _check_rollouts_fit(steering, rollouts)
+    home = policy.device
+    policy.to(flow.device)
+    transitions, critic = None, None
+    if warm_start_value or not executed:
+        transitions = _all_transitions(flow, demos, rollouts, ignore_terminations)
+        critic = _critic(flow, transitions, rollouts, tensorboard_log, progress_bar)
     source: _ExecutedNoise | _ScoredCandidates
     if executed:
         if rollouts is None:
             raise ValueError("weighting='executed' weighs the noises of rollouts, but no rollouts were given")
         advantages = executed_advantages(rollouts, gae_lambda)
         if normalize_advantages:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        source = _ExecutedNoise(rollouts.cond, rollouts.w, exp_weights(advantages / beta, max_weight))
+            advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
+        weights = exp_weights(advantages / beta, max_weight)
+        w = rollouts.w[:, steering.rows] if rollouts.w.shape[1] == flow.pred_horizon else rollouts.w
+        source = _ExecutedNoise(*(x.to(flow.device) for x in (rollouts.cond, w, weights)))
     else:
         assert critic is not None and transitions is not None
         source = _ScoredCandidates(
-            flow, critic, policy, transitions.cond, n_candidates, kappa, tau, beta, normalize_advantages
+            steering, critic, policy, transitions.cond, n_candidates, kappa, tau, beta, normalize_advantages
         )
     _fit_policy(policy, source, n_iterations, batch_size, learning_rate, kl_coef, learn_std, tensorboard_log, progress_bar)
     if warm_start_value:
         assert critic is not None and transitions is not None
-        _fit_value(policy, flow, critic, transitions.cond, batch_size, tensorboard_log, progress_bar)
-    return policy.eval()
+        _fit_value(policy, steering, critic, transitions.cond, batch_size, tensorboard_log, progress_bar)
+    return policy.to(home).eval()
 
 
-def _flow_and_policy(target: FlowPolicy | BaseAlgorithm, policy_kwargs: dict[str, Any]) -> tuple[FlowPolicy, LatentPolicy]:
+def _steering_and_policy(
+    target: FlowPolicy | BaseAlgorithm, policy_kwargs: dict[str, Any] | None
+) -> tuple[Steering, LatentPolicy]:
     if isinstance(target, FlowPolicy):
         steering = Steering(target, target.gamma)
-        return target, LatentPolicy(steering.observation_space, steering.action_space, lambda _: 3e-4, **policy_kwargs)
+        spaces = steering.observation_space, steering.action_space
+        return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **(policy_kwargs or {}))
     if not isinstance(target, BaseAlgorithm):
         raise TypeError(f"pretrain_latent expects a FlowPolicy or a model with 'LatentPolicy', found {type(target).__name__}")
+    if policy_kwargs is not None:
+        raise ValueError("policy_kwargs describe a new policy, but a model was given; pass them to the model")
     if not isinstance(target.policy, LatentPolicy):
         raise ValueError(f"pretrain_latent expects a model with 'LatentPolicy', found {type(target.policy).__name__}")
     env = target.get_env()
     if env is None:
         raise ValueError("pretrain_latent needs the model's env to find the flow: call model.set_env(env) first")
-    return find_steering(env).flow, target.policy
+    return find_steering(env), target.policy
+
+
+def _check_rollouts_fit(steering: Steering, rollouts: Rollouts) -> None:
+    flow = steering.flow
+    for what, found, expected in (
+        ("flow", rollouts.flow_hash, steering.action_space.flow_hash),
+        ("gamma", rollouts.gamma, flow.gamma),
+    ):
+        if found != expected:
+            raise ValueError(f"The rollouts were collected with {what}={found}, but the flow to steer has {expected}")
+    rows = steering.rows.stop - steering.rows.start
+    if rollouts.w.shape[1] not in (flow.pred_horizon, rows):
+        raise ValueError(f"The rollouts steer {rollouts.w.shape[1]} entries of the noise, expected {rows}: see steer_mode")
 
 
 def _all_transitions(
@@ -320,7 +349,7 @@ def _all_transitions(
     if demos is not None:
         parts.append(demo_transitions(flow, demos if isinstance(demos, Demos) else load_demos(demos), ignore_terminations))
     if rollouts is not None:
-        parts.append(rollouts.transitions())
+        parts.append(rollouts.transitions().to(flow.device))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
@@ -333,11 +362,12 @@ def _critic(
 ) -> EnsembleChunkCritic:
     if flow.critic is None:
         raise ValueError("This flow has no critic to score candidates with: use weighting='executed' with rollouts")
-    if rollouts is None:
-        return flow.critic
-    return train_critic(
-        flow, transitions, critic=deepcopy(flow.critic), tensorboard_log=tensorboard_log, progress_bar=progress_bar
-    )
+    if rollouts is not None:
+        critic = deepcopy(flow.critic)
+        return train_critic(flow, transitions, critic=critic, tensorboard_log=tensorboard_log, progress_bar=progress_bar)
+    if not flow.critic.updates:
+        raise ValueError("This flow's critic is untrained: call train_critic(flow, demo_transitions(flow, demos)) first")
+    return flow.critic
 
 
 def _fit_policy(
@@ -375,7 +405,7 @@ def _drop_std_gradients(head: nn.Module) -> None:
 
 def _fit_value(
     policy: LatentPolicy,
-    flow: FlowPolicy,
+    steering: Steering,
     critic: EnsembleChunkCritic,
     cond: th.Tensor,
     batch_size: int,
@@ -389,7 +419,7 @@ def _fit_value(
     for _ in loop:
         batch = cond[th.randint(len(cond), (batch_size,))]
         with th.no_grad():
-            chunk = flow.executed(flow.decode(batch, policy.sample(batch)))
+            chunk = steering.chunk(batch, policy.sample(batch))
             target = critic(batch, chunk).mean(dim=0)
         loss = (policy.predict_values(batch).squeeze(-1) - target).pow(2).mean()
         optimizer.zero_grad()

@@ -54,6 +54,16 @@ class NoiseSpace(spaces.Box):
         )
 
 
+def check_flow(flow: Any) -> None:
+    """
+    :raises TypeError: if this is not a flow, but the name of one, say
+    """
+    if not isinstance(flow, FlowPolicy):
+        raise TypeError(
+            f"flow must be a FlowPolicy, found {type(flow).__name__}; load one with FlowPolicy.from_pretrained(folder)"
+        )
+
+
 class Steering:
     """
     A frozen flow together with how its noise is presented to RL.
@@ -76,10 +86,7 @@ class Steering:
         num_steps: int | None = None,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(flow, FlowPolicy):
-            raise TypeError(
-                f"flow must be a FlowPolicy, found {type(flow).__name__}; load one with FlowPolicy.from_pretrained(folder)"
-            )
+        check_flow(flow)
         if noise_bound <= 0:
             raise ValueError(f"noise_bound must be positive, found {noise_bound}")
         if not 0 < gamma <= 1:
@@ -91,7 +98,11 @@ class Steering:
         self.flow = flow.freeze()
         self.gamma, self.macro_gamma = gamma, gamma**flow.act_horizon
         self.steer_mode, self.num_steps = steer_mode, num_steps
-        steered = flow.pred_horizon if steer_mode == "full" else flow.act_horizon
+        # the entries of the noise that RL decides
+        self.rows = slice(0, flow.pred_horizon)
+        if steer_mode == "act_horizon":
+            self.rows = slice(flow.action_offset, flow.action_offset + flow.act_horizon)
+        steered = self.rows.stop - self.rows.start
         self.observation_space = spaces.Box(-np.inf, np.inf, (flow.cond_dim,), np.float32)
         self.action_space = NoiseSpace((steered, flow.action_dim), noise_bound, flow.fingerprint(), self.macro_gamma)
         self.seed(seed)
@@ -111,7 +122,7 @@ class Steering:
         return self.flow.encode(obs).cpu().numpy()
 
     @th.no_grad()
-    def chunk(self, features: np.ndarray, w: np.ndarray) -> np.ndarray:
+    def chunk(self, features: np.ndarray | th.Tensor, w: np.ndarray | th.Tensor) -> th.Tensor:
         """
         :param features: (N, C)
         :param w: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``
@@ -119,8 +130,7 @@ class Steering:
         """
         device = self.flow.device
         noise = self.full_noise(th.as_tensor(w, dtype=th.float32, device=device))
-        chunk = self.flow.decode(th.as_tensor(features, device=device), noise, self.num_steps)
-        return self.flow.executed(chunk).cpu().numpy()
+        return self.flow.executed(self.flow.decode(th.as_tensor(features, device=device), noise, self.num_steps))
 
     def full_noise(self, w: th.Tensor) -> th.Tensor:
         """
@@ -133,5 +143,4 @@ class Steering:
         if missing == 0:
             return w
         rest = th.randn(len(w), missing, self.flow.action_dim, generator=self._generator).to(w)
-        head, tail = rest[:, : self.flow.action_offset], rest[:, self.flow.action_offset :]
-        return th.cat([head, w, tail], dim=1)
+        return th.cat([rest[:, : self.rows.start], w, rest[:, self.rows.start :]], dim=1)

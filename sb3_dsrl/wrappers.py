@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_dsrl.flow import FlowPolicy
-from sb3_dsrl.steering import Steering, SteerMode
+from sb3_dsrl.steering import Steering, SteerMode, check_flow
 
 
 class ActionChunkWrapper(gym.Wrapper):
@@ -82,6 +82,7 @@ class ActionChunkWrapper(gym.Wrapper):
             np.repeat(obs_space.low[None], obs_horizon, 0), np.repeat(obs_space.high[None], obs_horizon, 0), dtype=np.float32
         )
         self._low, self._high, self._action_dtype = action_space.low, action_space.high, action_space.dtype
+        self._unit = bool((self._low == -1.0).all() and (self._high == 1.0).all())
         self.env_id = env.spec.id if env.spec is not None else None
         self.control_mode: str | None = getattr(env.unwrapped, "control_mode", None)
         self._frames: deque[np.ndarray] = deque(maxlen=obs_horizon)
@@ -99,7 +100,11 @@ class ActionChunkWrapper(gym.Wrapper):
         :param chunk: (H, A), in [-1, 1]
         :return: observation (obs_horizon, D), macro reward, terminated, truncated, info
         """
-        actions = self._low + (np.clip(chunk, -1.0, 1.0) + 1.0) * 0.5 * (self._high - self._low)
+        if np.shape(chunk) != self.action_space.shape:
+            raise ValueError(f"A chunk must have shape (H, A) = {self.action_space.shape}, found {np.shape(chunk)}")
+        actions = np.clip(chunk, -1.0, 1.0)
+        if not self._unit:
+            actions = self._low + (actions + 1.0) * 0.5 * (self._high - self._low)
         macro_reward, terminated, truncated, k = 0.0, False, False, 0
         info: dict[str, Any] = {}
         for action in actions.astype(self._action_dtype):
@@ -169,12 +174,13 @@ class LatentSteeringWrapper(gym.Wrapper):
 
     :param env: a CPU ManiSkill env as ``gym.make`` returns it, any gym env with Box spaces, or an :class:`ActionChunkWrapper`
     :param flow: the policy that is steered; it is frozen
-    :param gamma: discount per env step
+    :param gamma: discount per env step; None is that of an ActionChunkWrapper below, or 0.99
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
     :param num_steps: decoding steps; None is the flow's own
-    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
-    :param reward_scale: factor on the macro reward
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None is as in an
+        ActionChunkWrapper below, or False
+    :param reward_scale: factor on the macro reward; None is that of an ActionChunkWrapper below, or 1
     :raises ValueError: if flow and env do not fit
     """
 
@@ -182,19 +188,23 @@ class LatentSteeringWrapper(gym.Wrapper):
         self,
         env: gym.Env,
         flow: FlowPolicy,
-        gamma: float = 0.99,
+        gamma: float | None = None,
         noise_bound: float = 4.0,
         steer_mode: SteerMode = "full",
         num_steps: int | None = None,
-        ignore_terminations: bool = False,
-        reward_scale: float = 1.0,
+        ignore_terminations: bool | None = None,
+        reward_scale: float | None = None,
     ) -> None:
-        self.steering = Steering(flow, gamma, noise_bound, steer_mode, num_steps)
+        check_flow(flow)
+        asked = dict(gamma=gamma, ignore_terminations=ignore_terminations, reward_scale=reward_scale)
+        asked = {name: value for name, value in asked.items() if value is not None}
         if not isinstance(env, ActionChunkWrapper):
-            env = ActionChunkWrapper(env, flow.act_horizon, flow.obs_horizon, gamma, ignore_terminations, reward_scale)
+            env = ActionChunkWrapper(env, flow.act_horizon, flow.obs_horizon, **asked)  # type: ignore[arg-type]
+        for name, value in asked.items():
+            if getattr(env, name) != value:
+                raise ValueError(f"{name}={value} was asked for, but the ActionChunkWrapper below has {getattr(env, name)}")
         super().__init__(env)
-        if env.gamma != gamma:
-            raise ValueError(f"gamma={gamma} was asked for, but the ActionChunkWrapper below discounts with gamma={env.gamma}")
+        self.steering = Steering(flow, env.gamma, noise_bound, steer_mode, num_steps)
         _check_env_fits(flow, env.observation_space, env.action_space, env.env_id, env.control_mode)
         self.observation_space, self.action_space = self.steering.observation_space, self.steering.action_space
         self._features = np.zeros((1, flow.cond_dim), np.float32)
@@ -216,13 +226,13 @@ class LatentSteeringWrapper(gym.Wrapper):
         :param w: noise, (T, A), or (H, A) with ``steer_mode="act_horizon"``
         :return: features (C,), macro reward, terminated, truncated, info
         """
-        chunk = self.steering.chunk(self._features, w[None])[0]
+        chunk = self.steering.chunk(self._features, w[None])[0].cpu().numpy()
         obs, reward, terminated, truncated, info = self.env.step(chunk)
         return self._encode(obs), float(reward), terminated, truncated, dict(info, action_chunk=chunk)
 
     def _encode(self, obs: np.ndarray) -> np.ndarray:
         self._features = self.steering.features(obs[None])
-        return self._features[0]
+        return self._features[0].copy()
 
 
 class VecLatentSteering(VecEnvWrapper):
@@ -283,7 +293,7 @@ class VecLatentSteering(VecEnvWrapper):
         """
         :param actions: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``
         """
-        self._chunks = self.steering.chunk(self._features, actions)
+        self._chunks = self.steering.chunk(self._features, actions).cpu().numpy()
         self.venv.step_async(self._chunks)
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -326,13 +336,13 @@ def find_steering(env: gym.Env | VecEnv) -> Steering:
 def _check_env_fits(
     flow: FlowPolicy, obs_space: spaces.Space, action_space: spaces.Space, env_id: str | None, control_mode: str | None
 ) -> None:
+    if None not in (env_id, flow.env_id) and env_id != flow.env_id:
+        warnings.warn(f"The flow was trained on {flow.env_id}, but steers {env_id}", stacklevel=3)
+    if None not in (control_mode, flow.control_mode) and control_mode != flow.control_mode:
+        raise ValueError(f"The env has control_mode={control_mode!r}, but the flow's actions are for {flow.control_mode!r}")
     for what, found, expected in (
         ("chunks have shape (H, A)", action_space.shape, (flow.act_horizon, flow.action_dim)),
         ("observations have shape (obs_horizon, D)", obs_space.shape, (flow.obs_horizon, flow.encoder.obs_dim)),
     ):
         if found != expected:
             raise ValueError(f"The env does not fit the flow: its {what} = {found}, but the flow's are {expected}")
-    if None not in (control_mode, flow.control_mode) and control_mode != flow.control_mode:
-        raise ValueError(f"The env has control_mode={control_mode!r}, but the flow's actions are for {flow.control_mode!r}")
-    if None not in (env_id, flow.env_id) and env_id != flow.env_id:
-        warnings.warn(f"The flow was trained on {flow.env_id}, but steers {env_id}", stacklevel=3)

@@ -1,0 +1,15 @@
+"""Settings and fixtures shared by all test files."""
+
+import pytest
+import torch as th
+
+from sb3_dsrl import FlowPolicy
+from tests.envs import tiny_flow
+
+th.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def flow() -> FlowPolicy:
+    """A frozen flow that fits the default ScriptedEnv: D = 3, A = 2, T = 4, H = 3, two frames. Do not change it."""
+    return tiny_flow()

@@ -1,0 +1,128 @@
+"""Scripted envs and tiny flows that all test files share. Import with ``from tests.envs import ...``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_dsrl import ActionChunkWrapper, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, VelocityMLP
+
+
+class ScriptedEnv(gym.Env):
+    """
+    Deterministic env: observation and reward depend on the episode, the step and the action and nothing else. As a CPU
+    simulator does, it hands out the same observation array every time and overwrites it: whoever keeps it must copy it.
+
+    :param obs_dim: D
+    :param action_dim: A
+    :param episode_lengths: step of the termination, per episode, in turn; a large one is never reached
+    :param success_steps: steps at which ``info["success"]`` is True; None is the step of the termination
+    :param action_low: lower bound of the actions
+    :param action_high: upper bound
+    :param random_start: the seed decides what observations and rewards start from
+    """
+
+    def __init__(
+        self,
+        obs_dim: int = 3,
+        action_dim: int = 2,
+        episode_lengths: Sequence[int] = (5, 30, 11, 2),
+        success_steps: Sequence[int] | None = None,
+        action_low: float | Sequence[float] = -1.0,
+        action_high: float | Sequence[float] = 1.0,
+        random_start: bool = False,
+    ) -> None:
+        self.observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.action_space = spaces.Box(
+            np.broadcast_to(np.float32(action_low), (action_dim,)), np.broadcast_to(np.float32(action_high), (action_dim,))
+        )
+        self.episode_lengths, self.success_steps, self.random_start = tuple(episode_lengths), success_steps, random_start
+        self.episode, self.t, self.start = -1, 0, 0.0
+        self.steps_after_termination = 0
+        self.actions: list[np.ndarray] = []  # of all episodes
+        self.rewards: list[float] = []
+        self.starts: list[float] = []
+        self._obs = np.zeros(obs_dim, np.float32)
+
+    @property
+    def length(self) -> int:
+        """Step at which the current episode terminates."""
+        return self.episode_lengths[self.episode % len(self.episode_lengths)]
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.begin(self.episode + 1, float(self.np_random.uniform(-1, 1)) if self.random_start else 0.0)
+        self.starts.append(self.start)
+        return self._obs, {}
+
+    def begin(self, episode: int, start: float) -> None:
+        """Begins a certain episode."""
+        self.episode, self.t, self.start = episode, 0, start
+        self._write_obs(np.zeros(self.action_space.shape, np.float32))
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), f"{action} is outside of {self.action_space}"
+        self.steps_after_termination += self.t >= self.length
+        self.t += 1
+        self.actions.append(action.copy())
+        self.rewards.append(float(np.sin(self.start + self.t + 10 * self.episode) + action.mean()))
+        self._write_obs(action)
+        success = self.t >= self.length if self.success_steps is None else self.t in self.success_steps
+        return self._obs, self.rewards[-1], self.t >= self.length, False, {"success": success}
+
+    def _write_obs(self, action: np.ndarray) -> None:
+        phase = np.arange(len(self._obs)) + self.start + 0.3 * self.t + 7 * self.episode
+        self._obs[:] = np.sin(phase) + 0.2 * action.mean()
+
+
+def scripted(time_limit: int | None = None, **kwargs: Any) -> gym.Env:
+    """A :class:`ScriptedEnv`, with gymnasium's TimeLimit if asked for."""
+    env = ScriptedEnv(**kwargs)
+    return env if time_limit is None else TimeLimit(env, time_limit)
+
+
+def tiny_flow(
+    obs_dim: int = 3,
+    action_dim: int = 2,
+    pred_horizon: int = 4,
+    act_horizon: int = 3,
+    obs_horizon: int = 2,
+    seed: int = 0,
+    **kwargs: Any,
+) -> FlowPolicy:
+    """An untrained, frozen flow that decodes in 2 steps. Another seed is another flow; the global generator is left alone."""
+    with th.random.fork_rng(devices=[]):
+        th.manual_seed(seed)
+        flow = FlowPolicy.create(
+            obs_dim,
+            action_dim,
+            obs_horizon,
+            pred_horizon,
+            act_horizon,
+            velocity_class=VelocityMLP,
+            velocity_kwargs=dict(width=16, n_blocks=1, embed_dim=8),
+            critic_kwargs=dict(width=16, n_heads=3),
+            **(dict(num_steps=2) | kwargs),
+        )
+    return flow.freeze()
+
+
+def gym_steered(flow: FlowPolicy, envs: Sequence[gym.Env], **kwargs: Any) -> VecEnv:
+    """Every env in its own LatentSteeringWrapper, in a DummyVecEnv."""
+    return DummyVecEnv([lambda env=env: LatentSteeringWrapper(env, flow, **kwargs) for env in envs])
+
+
+def vec_steered(flow: FlowPolicy, envs: Sequence[gym.Env], **kwargs: Any) -> VecEnv:
+    """VecLatentSteering over a DummyVecEnv of ActionChunkWrapper."""
+    chunk_kwargs = {key: kwargs.pop(key) for key in ("gamma", "ignore_terminations", "reward_scale") if key in kwargs}
+    chunk_envs = [lambda env=env: ActionChunkWrapper(env, flow.act_horizon, flow.obs_horizon, **chunk_kwargs) for env in envs]
+    return VecLatentSteering(DummyVecEnv(chunk_envs), flow, **kwargs)
+
+
+#: Both forms of the wrapper behind one call, ``make(flow, envs, **kwargs)``.
+FORMS = {"gym form": gym_steered, "vec form": vec_steered}

@@ -1,0 +1,309 @@
+"""ManiSkill trajectory files: what is read, how it is cut into windows and transitions, and every refusal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from sb3_dsrl.demos import action_windows, chunk_transitions, load_demos, stack_frames
+from tests.demo_files import scripted_episode, write_demos
+
+SHIPPED = Path(__file__).parent.parent / "examples" / "demos" / "PushCube-v1.h5"
+GAMMA = 0.9
+
+
+@pytest.fixture
+def episodes() -> list[dict[str, Any]]:
+    """Never done, done in the middle (as after success in a replay), done at the last step, shorter than a chunk."""
+    return [
+        scripted_episode(7, seed=0),
+        scripted_episode(9, seed=1, ends=(4, 5, 6, 7, 8)),
+        scripted_episode(6, seed=2, ends=(5,)),
+        scripted_episode(2, seed=3),
+    ]
+
+
+@pytest.fixture
+def path(tmp_path: Path, episodes: list[dict[str, Any]]) -> Path:
+    return write_demos(tmp_path / "demos.h5", episodes)
+
+
+def test_load_demos_reads_everything(path: Path, episodes: list[dict[str, Any]]) -> None:
+    demos = load_demos(path)
+    assert (demos.env_id, demos.obs_mode, demos.control_mode) == ("PushCube-v1", "state", "pd_joint_delta_pos")
+    assert (demos.reward_mode, demos.path) == ("normalized_dense", path)
+    assert (demos.obs_dim, demos.action_dim, demos.n_steps, len(demos.episodes)) == (3, 2, 24, 4)
+    for found, written in zip(demos.episodes, episodes, strict=True):
+        for key in ("obs", "actions", "rewards", "terminated", "success"):
+            np.testing.assert_array_equal(getattr(found, key), written[key], err_msg=key)
+    np.testing.assert_array_equal(demos.frames(), np.concatenate([episode["obs"] for episode in episodes]))
+    assert load_demos(str(path), control_mode="pd_joint_delta_pos").n_steps == 24
+
+
+def test_episodes_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    path = write_demos(tmp_path / "demos.h5", [scripted_episode(1 + i) for i in range(12)])  # traj_10 is not before traj_2
+    assert [len(episode) for episode in load_demos(path).episodes] == list(range(1, 13))
+    assert [len(episode) for episode in load_demos(path, num_demos=11).episodes] == list(range(1, 12))
+
+
+def test_optional_series_may_be_missing(tmp_path: Path) -> None:
+    episode = scripted_episode(4)
+    for key in ("rewards", "terminated", "truncated", "success"):
+        del episode[key]
+    (found,) = load_demos(write_demos(tmp_path / "demos.h5", [episode])).episodes
+    assert found.rewards is None
+    assert found.success is None
+    np.testing.assert_array_equal(found.terminated, np.zeros(4, bool))
+
+
+@pytest.mark.parametrize(
+    ("modes", "env_mode", "expected"),
+    [
+        ("pd_ee_delta_pose", "pd_joint_pos", "pd_ee_delta_pose"),  # replay_trajectory rewrites the episodes' only
+        (None, "pd_joint_pos", "pd_joint_pos"),  # older files
+    ],
+)
+def test_control_mode_of_the_episodes_wins(tmp_path: Path, modes: str | None, env_mode: str, expected: str) -> None:
+    path = write_demos(tmp_path / "demos.h5", [scripted_episode(3)], modes, env_mode)
+    assert load_demos(path).control_mode == expected
+
+
+@pytest.mark.parametrize("obs_horizon", [1, 2, 5])
+def test_stack_frames_against_a_loop(obs_horizon: int) -> None:
+    obs = scripted_episode(4)["obs"]
+    stacked = stack_frames(obs, obs_horizon)
+    assert stacked.shape == (5, obs_horizon, 3)
+    for t in range(5):
+        for j in range(obs_horizon):
+            np.testing.assert_array_equal(stacked[t, j], obs[max(0, t - (obs_horizon - 1 - j))])
+
+
+@pytest.mark.parametrize(("obs_horizon", "pred_horizon"), [(1, 1), (2, 4), (3, 16)])
+@pytest.mark.parametrize("control_mode", ["pd_joint_delta_pos", "pd_joint_pos"])
+def test_windows_against_a_loop(
+    tmp_path: Path, episodes: list[dict[str, Any]], obs_horizon: int, pred_horizon: int, control_mode: str
+) -> None:
+    demos = load_demos(write_demos(tmp_path / "demos.h5", episodes, control_mode))
+    obs, actions = action_windows(demos, obs_horizon, pred_horizon)
+    row = 0
+    for episode in episodes:
+        length, last = len(episode["actions"]), episode["actions"][-1]
+        standstill = np.append(np.zeros_like(last[:-1]), last[-1]) if "delta" in control_mode else last
+        for t in range(length):
+            for j in range(obs_horizon):
+                np.testing.assert_array_equal(obs[row, j], episode["obs"][max(0, t - obs_horizon + 1 + j)])
+            for j in range(pred_horizon):
+                np.testing.assert_array_equal(actions[row, j], episode["actions"][t + j] if t + j < length else standstill)
+            row += 1
+    assert len(obs) == len(actions) == row == demos.n_steps
+
+
+@pytest.mark.parametrize("act_horizon", [1, 3, 8])
+@pytest.mark.parametrize("obs_horizon", [1, 2])
+@pytest.mark.parametrize("ignore_terminations", [False, True])
+@pytest.mark.parametrize("reward_scale", [1.0, 5.0])
+def test_chunk_transitions_against_a_loop(
+    path: Path,
+    episodes: list[dict[str, Any]],
+    act_horizon: int,
+    obs_horizon: int,
+    ignore_terminations: bool,
+    reward_scale: float,
+) -> None:
+    found = chunk_transitions(load_demos(path), obs_horizon, act_horizon, GAMMA, ignore_terminations, reward_scale)
+
+    def frames(episode: dict[str, Any], t: int) -> np.ndarray:
+        return np.stack([episode["obs"][max(0, t - i)] for i in reversed(range(obs_horizon))])
+
+    row = 0
+    for episode in episodes:
+        length, done = len(episode["actions"]), episode["terminated"]
+        for start in range(length):
+            if not ignore_terminations and done[:start].any():
+                break  # the episode was over before
+            reward, k, ended = 0.0, 0, False
+            while k < act_horizon and start + k < length and not ended:
+                reward += GAMMA**k * episode["rewards"][start + k]
+                ended = bool(done[start + k]) and not ignore_terminations
+                k += 1
+            np.testing.assert_array_equal(found.obs[row], frames(episode, start))
+            np.testing.assert_array_equal(found.next_obs[row], frames(episode, start + k))
+            np.testing.assert_array_equal(found.chunk[row, :k], episode["actions"][start : start + k])
+            np.testing.assert_array_equal(found.chunk[row, k:], np.tile(found.chunk[row, k - 1], (act_horizon - k, 1)))
+            np.testing.assert_allclose(found.reward[row], reward_scale * reward, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(found.discount[row], 0.0 if ended else GAMMA**k, rtol=1e-6)
+            row += 1
+    assert len(found.obs) == len(found.discount) == row
+    assert (found.discount == 0).any() != ignore_terminations
+
+
+def test_only_rewards_stand_between_demos_and_transitions(tmp_path: Path) -> None:
+    episodes = [scripted_episode(4), {key: value for key, value in scripted_episode(5).items() if key != "rewards"}]
+    demos = load_demos(write_demos(tmp_path / "demos.h5", episodes))
+    assert len(action_windows(demos, 1, 2)[0]) == 9
+    with pytest.raises(ValueError, match=r"demos.h5: episode 1 has no 'rewards': record them"):
+        chunk_transitions(demos, 1, 2, GAMMA)
+
+
+# Refusals: one clear sentence each, with the file's name
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in scripted_episode(5).items() if name != key}
+
+
+def with_entry(key: str, index: Any, value: float) -> dict[str, Any]:
+    episode = scripted_episode(5)
+    episode[key][index] = value
+    return episode
+
+
+def shortened(key: str) -> dict[str, Any]:
+    episode = scripted_episode(5)
+    return episode | {key: episode[key][:-1]}
+
+
+BAD_EPISODES = {
+    "no obs": (without("obs"), r"traj_1 has no 'obs': replay the file with `--obs-mode state`"),
+    "no actions": (without("actions"), r"traj_1 has no 'actions'"),
+    "dict obs": (
+        scripted_episode(5) | dict(obs=dict(agent=np.zeros((6, 3)), extra=np.zeros((6, 1)))),
+        r"traj_1/obs is a group with keys \['agent', 'extra'\]; expected flat observations",
+    ),
+    "no steps": (scripted_episode(0), r"traj_1 has no steps"),
+    "short obs": (shortened("obs"), r"traj_1/obs has 5 entries, expected 6 for 5 actions"),
+    "short actions": (shortened("actions"), r"traj_1/obs has 6 entries, expected 5 for 4 actions"),
+    "short rewards": (shortened("rewards"), r"traj_1/rewards has 4 entries, expected 5 for 5 actions"),
+    "short terminated": (shortened("terminated"), r"traj_1/terminated has 4 entries, expected 5"),
+    "short success": (shortened("success"), r"traj_1/success has 4 entries, expected 5"),
+    "nan obs": (with_entry("obs", (2, 1), np.nan), r"traj_1/obs holds NaN or infinite values"),
+    "nan action": (with_entry("actions", (2, 1), np.nan), r"traj_1/actions holds NaN or infinite values"),
+    "inf reward": (with_entry("rewards", 3, np.inf), r"traj_1/rewards holds NaN or infinite values"),
+    "large action": (with_entry("actions", (0, 0), -1.5), r"traj_1/actions reach 1.5, expected \[-1, 1\]: replay the file"),
+    "other obs size": (scripted_episode(5, obs_dim=4), r"obs have \[3, 4\] dimensions in different episodes; expected one D"),
+    "other action size": (scripted_episode(5, action_dim=4), r"actions have \[2, 4\] dimensions in different episodes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EPISODES)
+def test_bad_episode_is_named(tmp_path: Path, name: str) -> None:
+    bad, sentence = BAD_EPISODES[name]
+    path = write_demos(tmp_path / "demos.h5", [scripted_episode(5), bad])
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_demos(path)
+    assert str(path) in str(error.value)
+    assert load_demos(path, num_demos=1).n_steps == 5  # what is not read cannot harm
+
+
+def test_rounding_errors_of_actions_are_clipped(tmp_path: Path) -> None:
+    path = write_demos(tmp_path / "demos.h5", [with_entry("actions", (0, 0), 1.00005)])
+    assert load_demos(path).episodes[0].actions.max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("suffix", "what"), [(".h5", "the demo file"), (".json", "the JSON that ManiSkill writes beside the .h5 file")]
+)
+def test_missing_file(path: Path, suffix: str, what: str) -> None:
+    missing = path.with_suffix(suffix)
+    missing.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{missing} does not exist; expected {what}"):
+        load_demos(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"env_info": {', r"demos.json is not valid JSON"),
+        ("[]", r"demos.json has no key 'env_info'"),
+        ('{"episodes": []}', r"demos.json has no key 'env_info'"),
+        ('{"env_info": {"env_id": "X"}}', r"demos.json has no key 'episodes'"),
+        ('{"env_info": {}, "episodes": []}', r"demos.json has no key 'env_info/env_id'"),
+    ],
+)
+def test_bad_json(path: Path, text: str, sentence: str) -> None:
+    path.with_suffix(".json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        load_demos(path)
+
+
+def test_binary_json(path: Path) -> None:
+    path.with_suffix(".json").write_bytes(b"\x89HDF\xff\xfe")
+    with pytest.raises(ValueError, match=r"demos.json is not valid JSON"):
+        load_demos(path)
+
+
+def test_wrong_control_mode_says_how_to_replay(path: Path) -> None:
+    sentence = (
+        r"demos.h5 holds actions for control_mode='pd_joint_delta_pos', expected 'pd_ee_delta_pose': replay it with "
+        r"`python -m mani_skill.trajectory.replay_trajectory --target-control-mode pd_ee_delta_pose`"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load_demos(path, control_mode="pd_ee_delta_pose")
+
+
+def test_mixed_control_modes(tmp_path: Path) -> None:
+    path = write_demos(tmp_path / "demos.h5", [scripted_episode(3)] * 2, ["pd_joint_pos", "pd_ee_pose"])
+    with pytest.raises(ValueError, match=r"demos.json mixes control modes \['pd_ee_pose', 'pd_joint_pos'\]; expected one"):
+        load_demos(path)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.5, 0.9, 0.999])
+def test_truncated_file(path: Path, part: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match=r"demos.h5 cannot be read as HDF5; it is damaged or cut short"):
+        load_demos(path)
+
+
+def test_damaged_compressed_data(tmp_path: Path) -> None:
+    """The file opens, but one of its blocks does not inflate."""
+    path = write_demos(tmp_path / "demos.h5", [without("actions")])
+    with h5py.File(path, "a") as file:
+        data = file["traj_0"].create_dataset("actions", data=scripted_episode(5)["actions"], compression="gzip")
+        offset = data.id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"demos.h5 cannot be read as HDF5; it is damaged or cut short"):
+        load_demos(path)
+
+
+def test_no_episodes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"demos.h5 holds no episodes \(no group named traj_0, traj_1, ...\)"):
+        load_demos(write_demos(tmp_path / "demos.h5", []))
+
+
+@pytest.mark.parametrize(
+    ("num_demos", "sentence"),
+    [(5, r"demos.h5 holds 4 episodes, but num_demos=5 were asked for"), (0, r"num_demos must be at least 1, found 0")],
+)
+def test_num_demos_out_of_range(path: Path, num_demos: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load_demos(path, num_demos=num_demos)
+
+
+# The file that is shipped
+
+
+def test_shipped_demos_are_small_and_say_what_they_are() -> None:
+    meta = json.loads(SHIPPED.with_suffix(".json").read_text())
+    assert meta["env_info"]["env_kwargs"]["control_mode"] == "pd_joint_delta_pos"
+    assert meta["env_info"]["env_kwargs"]["reward_mode"] == "normalized_dense"
+    assert SHIPPED.stat().st_size + SHIPPED.with_suffix(".json").stat().st_size < 3_000_000
+
+
+def test_shipped_demos_load() -> None:
+    demos = load_demos(SHIPPED, control_mode="pd_joint_delta_pos")
+    assert (demos.env_id, demos.obs_mode, demos.reward_mode) == ("PushCube-v1", "state", "normalized_dense")
+    assert len(demos.episodes) == len(json.loads(SHIPPED.with_suffix(".json").read_text())["episodes"])
+    assert (demos.obs_dim, demos.action_dim) == (35, 8)
+    for episode in demos.episodes:
+        assert episode.rewards is not None and episode.success is not None
+        assert episode.rewards.min() >= 0 and episode.rewards.max() <= 1  # normalised
+        assert episode.success[-1]  # only successes are kept
+    transitions = chunk_transitions(demos, 2, 4, 0.99, ignore_terminations=True)
+    assert len(transitions.reward) == demos.n_steps
+    assert (transitions.discount > 0).all()

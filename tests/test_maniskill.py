@@ -1,0 +1,158 @@
+"""The wrappers on real ManiSkill envs: PushCube-v1 and PickCube-v1 on the CPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import mani_skill.envs  # noqa: F401  registers the envs
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_dsrl import (
+    ActionChunkWrapper,
+    FlowPolicy,
+    LatentSteeringWrapper,
+    collect_rollouts,
+    evaluate,
+    make_latent_env,
+    ppo_kwargs,
+)
+from tests.envs import tiny_flow
+
+TASKS = {"PushCube-v1": 35, "PickCube-v1": 42}
+MODES = dict(obs_mode="state", control_mode="pd_joint_delta_pos", sim_backend="physx_cpu", render_backend="none")
+
+
+def flow_for(env_id: str) -> FlowPolicy:
+    return tiny_flow(TASKS[env_id], 8, pred_horizon=4, act_horizon=4, env_id=env_id, control_mode="pd_joint_delta_pos")
+
+
+def raw_env(env_id: str, **kwargs: Any) -> gym.Env:
+    return gym.make(env_id, **{**MODES, "reward_mode": "normalized_dense", **kwargs})
+
+
+@pytest.fixture(params=list(TASKS))
+def env_id(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def workers(env_id: str) -> Iterator[VecEnv]:
+    env = make_latent_env(env_id, flow_for(env_id), n_envs=2, max_episode_steps=10, seed=0)
+    yield env
+    env.close()
+
+
+def test_check_env(env_id: str) -> None:
+    flow = flow_for(env_id)
+    env = LatentSteeringWrapper(raw_env(env_id), flow)
+    check_env(env, warn=False)
+    check_env(env.env, warn=False)
+    env.close()
+
+
+def test_chunk_is_what_the_simulator_does(env_id: str) -> None:
+    """A chunk against the same actions in a bare env: reward, observation, no aliasing of simulator memory."""
+    gamma, rng = 0.9, np.random.default_rng(0)
+    env, bare = ActionChunkWrapper(raw_env(env_id), act_horizon=4, obs_horizon=2, gamma=gamma), raw_env(env_id)
+    obs, _ = env.reset(seed=5)
+    frame, _ = bare.reset(seed=5)
+    np.testing.assert_array_equal(obs, np.stack([frame[0].numpy()] * 2))
+    for _ in range(3):
+        chunk = rng.uniform(-1, 1, (4, 8)).astype(np.float32)
+        kept = obs.copy()
+        next_obs, reward, *_ = env.step(chunk)
+        np.testing.assert_array_equal(obs, kept)
+        frames, expected = [], 0.0
+        for i, action in enumerate(chunk):
+            frame, r, *_ = bare.step(action)
+            frames.append(frame[0].numpy().copy())
+            expected += gamma**i * float(r)
+        np.testing.assert_allclose(next_obs, np.stack(frames[-2:]), atol=1e-6)
+        assert reward == pytest.approx(expected, abs=1e-6)
+        obs = next_obs
+    env.close()
+    bare.close()
+
+
+def test_worker_processes_equal_the_gym_form(env_id: str, workers: VecEnv) -> None:
+    flow = flow_for(env_id)
+    single = DummyVecEnv(
+        [
+            lambda: LatentSteeringWrapper(raw_env(env_id, max_episode_steps=10), flow, ignore_terminations=True)
+            for _ in range(workers.num_envs)
+        ]
+    )
+    noises = np.random.default_rng(1).standard_normal((7, 2, 4, 8)).astype(np.float32)
+    transitions = []
+    for venv in (workers, single):
+        venv.seed(3)
+        rows = [(venv.reset(),)]
+        rows += [venv.step(w) for w in noises]
+        transitions.append(rows)
+    for ours, theirs in zip(*transitions, strict=True):
+        for x, y in zip(ours[:3], theirs[:3], strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+        for info, other in zip(ours[3] if len(ours) > 1 else [], theirs[3] if len(theirs) > 1 else [], strict=True):
+            assert info["chunk_length"] == other["chunk_length"] == 4
+            assert info["TimeLimit.truncated"] == other["TimeLimit.truncated"]
+            assert ("terminal_observation" in info) == ("terminal_observation" in other)
+    single.close()
+
+
+def test_time_limit_inside_a_chunk(workers: VecEnv) -> None:
+    """A limit of 10 steps falls into the third chunk of 4: 12 steps run, 10 count."""
+    workers.reset()
+    dones = []
+    for _ in range(3):
+        _, _, done, infos = workers.step(np.zeros((2, 4, 8), np.float32))
+        dones.append(done.tolist())
+    assert dones == [[False] * 2, [False] * 2, [True] * 2]
+    for info in infos:
+        assert info["TimeLimit.truncated"] and info["episode_length"] == info["episode"]["l"] == 10
+        assert info["chunk_length"] == 4 and info["success_at_end"] is False
+
+
+def test_ppo_learns_and_evaluates(env_id: str, workers: VecEnv) -> None:
+    model = PPO("LatentPolicy", workers, **ppo_kwargs(workers, n_steps=8, batch_size=16, n_epochs=1))
+    model.learn(16)
+    result = evaluate(model, workers, episodes=3)
+    assert result.episodes == 3 and result.mean_length == 10 and 0 < result.mean_return < 10
+
+
+def test_same_seed_same_episodes(workers: VecEnv) -> None:
+    first, second, other = (collect_rollouts("prior", workers, 4, seed=seed) for seed in (1, 1, 2))
+    for name in ("cond", "w", "chunk", "reward", "next_cond"):
+        assert (getattr(first, name) == getattr(second, name)).all(), name
+        assert not (getattr(first, name) == getattr(other, name)).all(), name
+    assert first.env_steps == 4 * 12
+
+
+def test_errors_name_the_way_out() -> None:
+    flow = flow_for("PushCube-v1")
+    with pytest.raises(ValueError, match=r"'PushCub-v1' is not a ManiSkill environment; did you mean PushCube-v1"):
+        make_latent_env("PushCub-v1", flow)
+    with pytest.raises(ValueError, match="n_envs must be at least 1, found 0"):
+        make_latent_env("PushCube-v1", flow, n_envs=0)
+    with pytest.raises(ValueError, match="sim_backend must be"):
+        make_latent_env("PushCube-v1", flow, sim_backend="physx_gpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"observations have shape .* \(2, 42\), but the flow's are \(2, 35\)"):
+        with pytest.warns(UserWarning, match="trained on PushCube-v1"):
+            make_latent_env("PickCube-v1", flow)
+    with pytest.raises(
+        ValueError, match=r"control_mode='pd_joint_target_delta_pos', but the flow's actions are for 'pd_joint_delta_pos'"
+    ):
+        make_latent_env("PushCube-v1", flow, control_mode="pd_joint_target_delta_pos")
+
+
+def test_batched_simulator_is_refused() -> None:
+    class Batched(gym.Env):
+        num_envs, gpu_sim_enabled, device = 4, True, "cuda"
+        single_action_space = None
+        spec = gym.spec("PushCube-v1")
+
+    with pytest.raises(ValueError, match=r"use make_latent_env\('PushCube-v1', flow, n_envs=4\)"):
+        LatentSteeringWrapper(Batched(), flow_for("PushCube-v1"))

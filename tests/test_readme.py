@@ -1,0 +1,35 @@
+"""The README's code, as it stands and in its order."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with the repository's examples in it; later blocks find what earlier ones have written."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    return folder
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_block(folder: Path, block: int) -> None:
+    script = folder / f"block{block}.py"
+    script.write_text(BLOCKS[block])
+    done = subprocess.run([sys.executable, script.name], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if block == 0:
+        assert re.search(r"prior +96 .*\n +stage2 +96 ", done.stdout), done.stdout
+        assert (folder / "pushcube.zip").is_file()
+
+
+def test_has_blocks() -> None:
+    assert len(BLOCKS) >= 3

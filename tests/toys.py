@@ -1,0 +1,52 @@
+"""Flows whose decode is known in closed form, and a one-step env whose best noise is known."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from torch import nn
+
+from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder
+from sb3_dsrl.networks import VelocityNet
+
+
+class LinearVelocity(VelocityNet):
+    """v = a x + b, elementwise; a = b = 0 decodes every noise to itself."""
+
+    def __init__(self, action_dim: int, pred_horizon: int, cond_dim: int, a: float = 0.0, b: float = 0.0) -> None:
+        super().__init__(action_dim, pred_horizon, cond_dim, a=a, b=b)
+        self.a, self.b = nn.Parameter(th.tensor(float(a))), nn.Parameter(th.tensor(float(b)))
+
+    def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:
+        return self.a * x + self.b
+
+
+def linear_flow(
+    obs_dim: int = 2, action_dim: int = 2, horizon: int = 1, a: float = 0.0, b: float = 0.0, n_heads: int = 2, **kwargs: Any
+) -> FlowPolicy:
+    """A frozen flow with :class:`LinearVelocity`, one frame, T = H = ``horizon``."""
+    critic = EnsembleChunkCritic(obs_dim, horizon, action_dim, n_heads=n_heads, width=32)
+    velocity = LinearVelocity(action_dim, horizon, obs_dim, a, b)
+    return FlowPolicy(StateEncoder(obs_dim, 1), velocity, critic, act_horizon=horizon, **kwargs).freeze()
+
+
+class BanditEnv(gym.Env):
+    """One step; the reward is -||action - target||^2 and the observation is noise that says nothing."""
+
+    def __init__(self, target: np.ndarray, obs_dim: int = 2) -> None:
+        self.target = target
+        self.observation_space = spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, target.shape, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._obs(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        distance = float(np.square(action - self.target).sum())
+        return self._obs(), -distance, True, False, {"success": distance < 0.1}
+
+    def _obs(self) -> np.ndarray:
+        return self.np_random.standard_normal(self.observation_space.shape).astype(np.float32)

@@ -11,7 +11,9 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import imageio
 import matplotlib
 import numpy as np
@@ -39,6 +41,7 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
+from sb3_dsrl.evaluation import play
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -103,11 +106,23 @@ class LearningCurve(BaseCallback):
         self.points.append((self.env_steps, results[0], results[1]))
 
 
+class Film(gym.Wrapper):
+    """Keeps a frame of every env step, also of those inside a chunk."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.frames: list[Any] = []
+
+    def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """One env step and its picture."""
+        result = self.env.step(action)
+        self.frames.append(np.array(self.env.render())[0])
+        return result
+
+
 def record_video(path: Path, args: Args, flow: FlowPolicy, player: PPO | str) -> None:
     """Films the same episodes for any player, one after the other."""
-    import gymnasium as gym
-
-    film = gym.wrappers.RenderCollection(
+    film = Film(
         gym.make(
             args.env_id,
             obs_mode=flow.obs_mode,
@@ -119,20 +134,11 @@ def record_video(path: Path, args: Args, flow: FlowPolicy, player: PPO | str) ->
         )
     )
     env = LatentSteeringWrapper(film, flow, ignore_terminations=True)
-    rng, frames = np.random.default_rng(0), []
     for episode in tqdm(range(args.video_episodes), desc=path.name):
-        obs, _ = env.reset(seed=EVAL_SEED + episode)
-        done = False
-        while not done:
-            if isinstance(player, PPO):
-                w, _ = player.predict(obs, deterministic=True)
-            else:
-                w = rng.standard_normal(flow.noise_shape, dtype=np.float32)
-            obs, _, terminated, truncated, _ = env.step(w)
-            done = terminated or truncated
-        frames += [np.asarray(frame)[0] for frame in film.render()]
+        for _ in play(player, env, episodes=1, seed=EVAL_SEED + episode):
+            pass
     env.close()
-    imageio.mimsave(path, frames, fps=20)
+    imageio.mimsave(path, film.frames, fps=20)
 
 
 def plot(path: Path, args: Args, curve: LearningCurve, rows: dict[str, EvalResult]) -> None:

@@ -254,14 +254,14 @@ def test_missing_tensor(folder: Path, key: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors[key]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{key}\""):
+    with pytest.raises(ValueError, match=rf"Missing key\(s\) in state_dict: \"{key}\""):
         FlowPolicy.from_pretrained(folder)
 
 
 def test_surplus_tensor(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"velocity.surplus": th.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(RuntimeError, match=r"velocity.surplus"):
+    with pytest.raises(ValueError, match=r"velocity.surplus"):
         FlowPolicy.from_pretrained(folder)
 
 
@@ -349,3 +349,30 @@ def test_encode_takes_numpy_and_stacks_normalised_frames() -> None:
     cond = flow.encode(np.array([[[1.0, 3.0, 2.0], [2.0, 5.0, 2.01]]]))
     assert cond.dtype == th.float32
     th.testing.assert_close(cond, th.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]), atol=1e-4, rtol=1e-4)
+
+
+def test_saves_what_the_policy_is_now(tmp_path: Path) -> None:
+    """Attributes that were changed after construction are saved, too."""
+    flow = tiny_flow()
+    flow.num_steps, flow.critic = 7, None
+    flow.save_pretrained(tmp_path)
+    loaded = FlowPolicy.from_pretrained(tmp_path)
+    assert (loaded.num_steps, loaded.critic) == (7, None)
+
+
+def test_foreign_networks_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Only networks of sb3_dsrl.networks can be saved, found LinearVelocity"):
+        linear_flow().save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors"])
+def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
+    tiny_flow().save_pretrained(tmp_path)
+    (tmp_path / damage).write_bytes(b"{ not this")
+    with pytest.raises(ValueError, match=rf"{tmp_path} does not hold a valid FlowPolicy"):
+        FlowPolicy.from_pretrained(tmp_path)
+
+
+def test_encode_checks_the_shape() -> None:
+    with pytest.raises(ValueError, match=r"must have shape \(B, obs_horizon, obs_dim\) = \(B, 2, 3\), found \(1, 3\)"):
+        tiny_flow().encode(np.zeros((1, 3)))

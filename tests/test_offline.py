@@ -153,6 +153,8 @@ def test_flow_matching_learns_the_conditional_mean() -> None:
 class PrefersUp(nn.Module):
     """A critic that likes chunks with large first actions."""
 
+    updates = 1  # hand-made, hence as good as trained
+
     def get_ucb_q(self, cond: th.Tensor, chunk: th.Tensor, kappa: float = 1.0) -> th.Tensor:
         return 3.0 * chunk[:, 0, 0] + 7.0
 
@@ -184,9 +186,7 @@ def test_advantage_weights_shift_the_flow_to_the_better_mode() -> None:
 
 
 def test_beta_needs_a_critic() -> None:
-    with pytest.raises(
-        ValueError, match=r"beta > 0 weights the demos by the critic's advantages, but this flow has no critic"
-    ):
+    with pytest.raises(ValueError, match=r"beta > 0 weights the demos by the critic's advantages: train one first"):
         share_of_upper_mode(1.0, critic=None)
 
 
@@ -386,7 +386,7 @@ def test_result_is_the_moving_average() -> None:
     th.testing.assert_close(trained(0.25), first / 16 + 3 * second / 16 + 3 * third / 4, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("n_iterations", [1, 2, 19, 21])
+@pytest.mark.parametrize("n_iterations", [1, 2, 20])
 def test_short_trainings_work(n_iterations: int) -> None:
     flow = train_flow(random_demos(), n_iterations=n_iterations, pred_horizon=2, act_horizon=1, **SMALL)
     assert all(parameter.isfinite().all() for parameter in flow.parameters())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -29,6 +29,7 @@ from sb3_dsrl import (
 from sb3_dsrl.demos import Demos, Episode
 from sb3_dsrl.pretrain import candidate_weights, effective_number, executed_advantages, soft_baseline
 from sb3_dsrl.steering import Steering
+from tests.envs import FORMS, scripted, tiny_flow
 from tests.test_offline import scalars
 from tests.toys import BanditEnv, linear_flow
 
@@ -238,6 +239,8 @@ def test_value_explains_what_time_and_features_explain() -> None:
 
 class TargetCritic(nn.Module):
     """Knows the bandit's reward, up to an offset and a slope in the first feature. Its two heads disagree."""
+
+    updates = 1  # hand-made, hence as good as trained
 
     def __init__(self, offset: float = 0.0, slope: float = 0.0) -> None:
         super().__init__()
@@ -584,3 +587,29 @@ def flow_without_critic() -> FlowPolicy:
 def test_refusals(target: Callable[[], Any], kwargs: dict[str, Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         pretrain_latent(target(), **kwargs)
+
+
+@pytest.mark.parametrize("weighting", ["candidates", "executed"])
+def test_steering_the_executed_part_only(weighting: Any) -> None:
+    """steer_mode="act_horizon": stage 1 learns the first H of T entries, also from rollouts that steered all T."""
+    flow = tiny_flow()
+    assert flow.critic is not None
+    flow.critic.updates += 1
+
+    def venv(**kwargs: Any) -> VecEnv:
+        return FORMS["vec form"](flow, [scripted(time_limit=9) for _ in range(2)], **kwargs)
+
+    model = PPO("LatentPolicy", venv(steer_mode="act_horizon"), gamma=0.99**3, n_steps=4, batch_size=8)
+    for env in (venv(), model.get_env()):
+        rollouts = collect_rollouts("prior", env, episodes=6)
+        policy = pretrain_latent(model, rollouts=rollouts, weighting=weighting, n_iterations=3)
+        mean = policy.pi(rollouts.cond).mode()
+        assert mean.shape == (len(rollouts), 3 * 2) and mean.abs().max() > 1e-3
+    with pytest.raises(ValueError, match="The rollouts steer 3 entries of the noise, expected 4: see steer_mode"):
+        pretrain_latent(flow, rollouts=rollouts)
+
+
+def test_rollouts_are_not_taken_through_vec_normalize() -> None:
+    env = VecNormalize(bandit_env(bandit_flow()))
+    with pytest.raises(ValueError, match="needs the flow's own features and rewards: pass the env below VecNormalize"):
+        collect_rollouts("prior", env, episodes=2)

@@ -333,6 +333,26 @@ def test_value_lr_changes_the_value_networks_steps(value_lr: float | None, expec
     assert learning_rates(loaded) == pytest.approx([1e-3, expected], rel=0.01)
 
 
+@pytest.mark.parametrize("rms_prop", [True, False])
+def test_value_lr_works_with_the_optimisers_of_a2c(rms_prop: bool, env):
+    model = A2C(
+        "LatentPolicy", env, gamma=0.99**3, use_rms_prop=rms_prop, policy_kwargs=dict(value_lr=4e-3), learning_rate=1e-3
+    )
+    optimizer, steps = model.policy.optimizer, []
+    for group in optimizer.param_groups:
+        parameter = group["params"][0]
+        before, parameter.grad = parameter.detach().clone(), th.ones_like(parameter)
+        optimizer.step()
+        steps.append(float((parameter - before).abs().mean()))
+        optimizer.zero_grad()
+    assert steps[1] / steps[0] == pytest.approx(4.0, rel=1e-3)
+
+
+def test_value_lr_needs_an_optimiser_that_scales(env):
+    with pytest.raises(ValueError, match="SGD knows no lr_scale: set value_lr=None"):
+        small(env, policy_kwargs=dict(optimizer_class=th.optim.SGD))
+
+
 def test_value_lr_follows_a_schedule_in_proportion(env):
     model = small(env, learning_rate=lambda progress: 1e-3 * progress, policy_kwargs=dict(value_lr=4e-3))
     model._logger = configure(None, [])

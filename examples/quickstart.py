@@ -63,13 +63,13 @@ class Args:
     """Folder for the results."""
     n_envs: int = 8
     """Simulator worker processes."""
-    total_iters: int = 1_500
+    total_iters: int = 1_000
     """Stage 0: optimiser steps of the flow."""
-    critic_iters: int = 500
+    critic_iters: int = 300
     """Stage 0: optimiser steps of the critic."""
     rollout_episodes: int = 256
     """Stage 1: episodes of the unsteered flow to learn from."""
-    total_timesteps: int = 100_000
+    total_timesteps: int = 150_000
     """Stage 2: budget in env steps."""
     num_eval_episodes: int = 200
     """Episodes of each final evaluation."""
@@ -214,13 +214,16 @@ def main(args: Args) -> None:
 
     # Stage 2: stock PPO
     schedule = LinearSchedule(start=5e-4, end=0.0, end_fraction=1.0)
-    settings = ppo_kwargs(env, learning_rate=schedule, seed=args.seed, tensorboard_log=str(log))
+    # less of the prior than the default 0.3: after stage 1 pi is the better explorer
+    settings = ppo_kwargs(
+        env, learning_rate=schedule, policy_kwargs=dict(prior_mix=0.1), seed=args.seed, tensorboard_log=str(log)
+    )
     model = PPO("LatentPolicy", env, **settings)
     stage1.copy_into(model)
     add_row("stage1", model)
     add_row("stage1_stochastic", model, deterministic=False)
     macro_steps = (args.total_timesteps - rollouts.env_steps) // flow.act_horizon
-    curve = LearningCurve(eval_env, every=max(1, macro_steps // (model.n_steps * args.n_envs) // 8))
+    curve = LearningCurve(eval_env, every=max(1, macro_steps // (model.n_steps * args.n_envs) // 6))
     model.learn(total_timesteps=macro_steps, callback=curve, progress_bar=True, tb_log_name="stage2")
     curve.measure()
     model.save(args.output / "model.zip")

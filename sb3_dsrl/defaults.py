@@ -10,7 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_dsrl.wrappers import find_steering
 
 #: Macro-steps that one PPO update learns from, over all envs.
-ROLLOUT_SIZE = 1024
+ROLLOUT_SIZE = 512
 N_MINIBATCHES = 4
 
 

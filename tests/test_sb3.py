@@ -286,8 +286,8 @@ def test_ppo_kwargs(flow):
     kwargs = ppo_kwargs(env)
     assert kwargs == dict(
         gamma=0.9**3,
-        n_steps=512,
-        batch_size=256,
+        n_steps=256,
+        batch_size=128,
         n_epochs=10,
         learning_rate=3e-4,
         clip_range=0.2,

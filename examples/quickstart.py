@@ -68,9 +68,11 @@ class Args:
     critic_iters: int = 300
     """Stage 0: optimiser steps of the critic."""
     rollout_episodes: int = 256
-    """Stage 1: episodes of the unsteered flow to learn from."""
-    total_timesteps: int = 150_000
-    """Stage 2: budget in env steps."""
+    """Stage 1: episodes in each round of rollouts to learn from."""
+    rollout_rounds: int = 3
+    """Stage 1: rounds; the first one plays the unsteered flow."""
+    total_timesteps: int = 250_000
+    """Stages 1 and 2: budget in env steps."""
     num_eval_episodes: int = 200
     """Episodes of each final evaluation."""
     video_episodes: int = 4
@@ -207,22 +209,25 @@ def main(args: Args) -> None:
     add_row("prior", "prior")
     add_row("zero", "zero")
 
-    # Stage 1: which noises went well? No gradient ever reaches the flow.
-    rollouts = collect_rollouts(flow, env, args.rollout_episodes, seed=args.seed, progress_bar=True)
-    stage1 = pretrain_latent(flow, demos, rollouts, seed=args.seed, tensorboard_log=log / "stage1", progress_bar=True)
-    stage1.save(str(args.output / "stage1.pt"))
-
-    # Stage 2: stock PPO
+    # Stage 1: which noises went well? No gradient ever reaches the flow. A new LatentPolicy is N(0, I), so the first round learns
+    # from the frozen flow itself, the next ones from what has been learned so far.
     schedule = LinearSchedule(start=5e-4, end=0.0, end_fraction=1.0)
     # less of the prior than the default 0.3: after stage 1 pi is the better explorer
     settings = ppo_kwargs(
         env, learning_rate=schedule, policy_kwargs=dict(prior_mix=0.1), seed=args.seed, tensorboard_log=str(log)
     )
     model = PPO("LatentPolicy", env, **settings)
-    stage1.copy_into(model)
+    stage1_steps = 0
+    for i in range(args.rollout_rounds):
+        rollouts = collect_rollouts(model, env, args.rollout_episodes, seed=args.seed + 1_000 * i, progress_bar=True)
+        pretrain_latent(model, rollouts=rollouts, tensorboard_log=log / f"stage1_{i}", progress_bar=True)
+        stage1_steps += rollouts.env_steps
+    model.policy.save(str(args.output / "stage1.pt"))
     add_row("stage1", model)
     add_row("stage1_stochastic", model, deterministic=False)
-    macro_steps = (args.total_timesteps - rollouts.env_steps) // flow.act_horizon
+
+    # Stage 2: stock PPO
+    macro_steps = (args.total_timesteps - stage1_steps) // flow.act_horizon
     curve = LearningCurve(eval_env, every=max(1, macro_steps // (model.n_steps * args.n_envs) // 6))
     model.learn(total_timesteps=macro_steps, callback=curve, progress_bar=True, tb_log_name="stage2")
     curve.measure()
@@ -235,7 +240,7 @@ def main(args: Args) -> None:
     report = {
         "env_id": args.env_id,
         "seed": args.seed,
-        "env_steps": rollouts.env_steps + curve.env_steps,
+        "env_steps": stage1_steps + curve.env_steps,
         "wall_seconds": round(time.time() - start, 1),
         "rows": [row.as_row() for row in rows.values()],
     }

@@ -46,7 +46,20 @@ def test_make_demos_refuses(tmp_path: Path, flags: tuple[object, ...], sentence:
 
 
 def test_quickstart(tmp_path: Path) -> None:
-    small = ("--total-iters", 30, "--critic-iters", 5, "--rollout-episodes", 4, "--n-envs", 2, "--num-eval-episodes", 4)
+    small = (
+        "--total-iters",
+        30,
+        "--critic-iters",
+        5,
+        "--rollout-episodes",
+        4,
+        "--rollout-rounds",
+        2,
+        "--n-envs",
+        2,
+        "--num-eval-episodes",
+        4,
+    )
     done = run("quickstart.py", "--output", tmp_path, "--seed", 3, *small, "--total-timesteps", 3000, "--video-episodes", 1)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())

@@ -69,7 +69,7 @@ class Args:
     """Stage 0: optimiser steps of the critic."""
     rollout_episodes: int = 256
     """Stage 1: episodes in each round of rollouts to learn from."""
-    rollout_rounds: int = 3
+    rollout_rounds: int = 5
     """Stage 1: rounds; the first one plays the unsteered flow."""
     total_timesteps: int = 250_000
     """Stages 1 and 2: budget in env steps."""
@@ -209,7 +209,7 @@ def main(args: Args) -> None:
     add_row("prior", "prior")
     add_row("zero", "zero")
 
-    # Stage 1: which noises went well? No gradient ever reaches the flow. A new LatentPolicy is N(0, I), so the first round learns
+    # Stage 1: which noises went well? No gradient ever reaches the flow. A new LatentPolicy is N(0, I): the first round learns
     # from the frozen flow itself, the next ones from what has been learned so far.
     schedule = LinearSchedule(start=5e-4, end=0.0, end_fraction=1.0)
     # less of the prior than the default 0.3: after stage 1 pi is the better explorer

@@ -69,9 +69,9 @@ class Args:
     """Stage 0: optimiser steps of the critic."""
     rollout_episodes: int = 256
     """Stage 1: episodes in each round of rollouts to learn from."""
-    rollout_rounds: int = 5
+    rollout_rounds: int = 3
     """Stage 1: rounds; the first one plays the unsteered flow."""
-    total_timesteps: int = 250_000
+    total_timesteps: int = 200_000
     """Stages 1 and 2: budget in env steps."""
     num_eval_episodes: int = 200
     """Episodes of each final evaluation."""
@@ -209,17 +209,17 @@ def main(args: Args) -> None:
     add_row("prior", "prior")
     add_row("zero", "zero")
 
-    # Stage 1: which noises went well? No gradient ever reaches the flow. A new LatentPolicy is N(0, I): the first round learns
-    # from the frozen flow itself, the next ones from what has been learned so far.
+    # Stage 1: which noises went well? No gradient ever reaches the flow. The first round learns from the frozen flow
+    # itself, the next ones from what has been learned so far. Half the prior's std: good noises are not alone, and pi
+    # explores around them.
     schedule = LinearSchedule(start=5e-4, end=0.0, end_fraction=1.0)
-    # less of the prior than the default 0.3: after stage 1 pi is the better explorer
-    settings = ppo_kwargs(
-        env, learning_rate=schedule, policy_kwargs=dict(prior_mix=0.1), seed=args.seed, tensorboard_log=str(log)
-    )
+    policy_kwargs = dict(prior_mix=0.1, log_std_init=float(np.log(0.5)))
+    settings = ppo_kwargs(env, learning_rate=schedule, policy_kwargs=policy_kwargs, seed=args.seed, tensorboard_log=str(log))
     model = PPO("LatentPolicy", env, **settings)
     stage1_steps = 0
     for i in range(args.rollout_rounds):
-        rollouts = collect_rollouts(model, env, args.rollout_episodes, seed=args.seed + 1_000 * i, progress_bar=True)
+        player = flow if i == 0 else model
+        rollouts = collect_rollouts(player, env, args.rollout_episodes, seed=args.seed + 1_000 * i, progress_bar=True)
         pretrain_latent(model, rollouts=rollouts, tensorboard_log=log / f"stage1_{i}", progress_bar=True)
         stage1_steps += rollouts.env_steps
     model.policy.save(str(args.output / "stage1.pt"))

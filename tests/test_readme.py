@@ -1,5 +1,6 @@
 """The README's code, as it stands and in its order."""
 
+import os
 import re
 import subprocess
 import sys
@@ -24,10 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_block(folder: Path, block: int) -> None:
     script = folder / f"block{block}.py"
     script.write_text(BLOCKS[block])
-    done = subprocess.run([sys.executable, script.name], cwd=folder, capture_output=True, text=True)
+    # one thread: on a busy machine torch's threads would wait for each other, and the README's numbers are not small
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script.name], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     if block == 0:
-        assert re.search(r"prior +96 .*\n +stage2 +96 ", done.stdout), done.stdout
+        assert re.search(r"prior +96 .*\n *stage2 +96 ", done.stdout), done.stdout
         assert (folder / "pushcube.zip").is_file()
 
 

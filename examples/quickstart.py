@@ -82,7 +82,7 @@ class Args:
 class LearningCurve(BaseCallback):
     """Evaluates the deterministic and the stochastic policy every so many rollouts."""
 
-    def __init__(self, env: VecLatentSteering, every: int, episodes: int = 48) -> None:
+    def __init__(self, env: VecLatentSteering, every: int, episodes: int) -> None:
         super().__init__()
         self.env, self.every, self.episodes = env, every, episodes
         self.rollouts, self.env_steps = 0, 0
@@ -228,7 +228,8 @@ def main(args: Args) -> None:
 
     # Stage 2: stock PPO
     macro_steps = (args.total_timesteps - stage1_steps) // flow.act_horizon
-    curve = LearningCurve(eval_env, every=max(1, macro_steps // (model.n_steps * args.n_envs) // 6))
+    every = max(1, macro_steps // (model.n_steps * args.n_envs) // 6)
+    curve = LearningCurve(eval_env, every, episodes=min(48, args.num_eval_episodes))
     model.learn(total_timesteps=macro_steps, callback=curve, progress_bar=True, tb_log_name="stage2")
     curve.measure()
     model.save(args.output / "model.zip")

@@ -64,29 +64,6 @@ class EpisodeSeeds(gym.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
 
-def make_chunk_env(
-    env_id: str,
-    flow: FlowPolicy,
-    gamma: float = 0.99,
-    ignore_terminations: bool = False,
-    reward_scale: float = 1.0,
-    **env_kwargs: Any,
-) -> ActionChunkWrapper:
-    """
-    One CPU ManiSkill env that executes the flow's chunks. Observation and control mode default to the flow's.
-
-    :param env_id: ManiSkill environment
-    :param flow: decides horizons, observation and control mode
-    :param gamma: discount per env step
-    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
-    :param reward_scale: factor on the macro reward
-    :param env_kwargs: for ``gym.make``, such as ``reward_mode``, ``max_episode_steps``, ``render_mode``
-    """
-    return _chunk_env(
-        env_id, _env_kwargs(env_id, flow, env_kwargs), _chunk_kwargs(flow, gamma, ignore_terminations, reward_scale)
-    )
-
-
 def make_latent_env(
     env_id: str,
     flow: FlowPolicy,

@@ -9,7 +9,6 @@ Letters in shapes: ``B`` batch, ``T`` = pred_horizon, ``H`` = act_horizon, ``A``
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +185,6 @@ def train_flow(
     beta: float = 0.0,
     max_weight: float = 10.0,
     consistency_fraction: float = 0.25,
-    ignore_terminations: bool = False,
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
@@ -205,7 +203,6 @@ def train_flow(
         :func:`train_critic`); 0 is plain flow matching
     :param max_weight: clip of these weights
     :param consistency_fraction: part of each batch for the self-consistency loss
-    :param ignore_terminations: of the transitions that the advantages are computed on, with ``beta > 0``
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
@@ -317,10 +314,9 @@ def _demo_advantages(flow: FlowPolicy, cond: th.Tensor, chunk: th.Tensor, n_samp
         raise ValueError(
             "beta > 0 weights the demos by the critic's advantages: train one first, with train_critic(flow, ...)"
         )
-    teacher = deepcopy(flow).freeze()
     q = flow.critic.get_ucb_q(cond, flow.executed(chunk), kappa=0.0)
     own = [
-        flow.critic.get_ucb_q(cond, flow.executed(teacher.decode(cond, th.randn_like(chunk))), kappa=0.0)
+        flow.critic.get_ucb_q(cond, flow.executed(flow.decode(cond, th.randn_like(chunk))), kappa=0.0)
         for _ in range(n_samples)
     ]
     advantage = q - th.stack(own).mean(dim=0)

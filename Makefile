@@ -2,10 +2,11 @@ SEED ?= 0
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo bench test check format clean
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
+	@echo "make bench           speed against plain versions of the same; figures in runs/bench"
 	@echo "make test            run the tests"
 	@echo "make check           lint, formatting, types"
 	@echo "make format          format the code and fix what ruff can fix"
@@ -17,6 +18,9 @@ setup: $(STAMP)
 
 demo: setup
 	$(PY) examples/quickstart.py --seed $(SEED)
+
+bench: setup
+	$(PY) examples/benchmark.py
 
 test: setup
 	$(PY) -m pytest -q

@@ -159,8 +159,10 @@ def play(
         while quota.any():
             w = act(obs)
             next_obs, rewards, dones, infos = venv.step(w)
-            yield MacroStep(obs, w, rewards, dones, infos, np.asarray(next_obs), quota > 0)
-            finished = dones & (quota > 0)
+            failed = np.array([info.get("worker_failed", False) for info in infos])
+            counts = (quota > 0) & ~failed  # the episode that a failed worker lost is played again
+            yield MacroStep(obs, w, rewards, dones, infos, np.asarray(next_obs), counts)
+            finished = dones & counts
             bar.update(int(finished.sum()))
             quota = quota - finished
             obs = np.asarray(next_obs)
@@ -246,6 +248,9 @@ def collect_rollouts(
     env_steps = 0
     for step in play(player, env, episodes, seed, deterministic, progress_bar, "rollouts"):
         env_steps += sum(info["chunk_length"] for info in step.infos)
+        for i, info in enumerate(step.infos):
+            if info.get("worker_failed"):
+                open_episodes.pop(i, None)
         for i in np.flatnonzero(step.counts):
             info = step.infos[i]
             ended = step.dones[i] and not info["TimeLimit.truncated"]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from sb3_dsrl import networks
+from sb3_dsrl.decoding import integrate
 from sb3_dsrl.networks import EnsembleChunkCritic, StateEncoder, VelocityNet, VelocityUNet
 
 
@@ -144,29 +145,26 @@ class FlowPolicy(
         Integrates the flow from noise to chunk in equal shortcut steps of size ``d = 1 / num_steps``.
 
         :param cond: (B, C)
-        :param w: noise, (B, T, A)
+        :param w: noise, (B, T, A), or M noises for each observation, (B, M, T, A)
         :param num_steps: steps; None is the policy's own ``num_steps``. Training knows the step sizes 1, 1/2, 1/4 and 1/8;
             other numbers of steps than 1, 2, 4 and 8 rely on the network between and beyond them.
-        :return: (B, T, A), clipped to [-1, 1]
+        :return: chunks of the shape of w, clipped to [-1, 1]
         :raises ValueError: if ``num_steps`` is not positive
         """
         n = self.num_steps if num_steps is None else num_steps
         if n < 1:
             raise ValueError(f"num_steps must be at least 1, found {n}")
-        d = th.full((len(w),), 1.0 / n, device=w.device, dtype=w.dtype)
-        x = w
-        for i in range(n):
-            x = x + self.velocity(x, d * i, d, cond) / n
-        return x.clamp(-1.0, 1.0)
+        x = integrate(self.velocity, cond, w if w.dim() == 4 else w[:, None], n)
+        return x.reshape(w.shape).clamp(-1.0, 1.0)
 
     def executed(self, chunk: th.Tensor) -> th.Tensor:
         """
         The part of a chunk that is sent to the env. This slice convention exists nowhere else.
 
-        :param chunk: (B, T, A)
-        :return: (B, H, A)
+        :param chunk: (..., T, A)
+        :return: (..., H, A)
         """
-        return chunk[:, self.action_offset : self.action_offset + self.act_horizon]
+        return chunk[..., self.action_offset : self.action_offset + self.act_horizon, :]
 
     @th.no_grad()
     def sample(self, obs: th.Tensor | np.ndarray, num_steps: int | None = None) -> th.Tensor:

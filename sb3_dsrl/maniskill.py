@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import multiprocessing
-from collections.abc import Callable
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -13,11 +12,16 @@ import numpy as np
 import torch as th
 from mani_skill.utils.registration import REGISTERED_ENVS
 from mani_skill.utils.wrappers import CPUGymWrapper
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from sb3_dsrl.batched import BatchedChunkEnv
 from sb3_dsrl.flow import FlowPolicy
 from sb3_dsrl.steering import SteerMode
+from sb3_dsrl.workers import ProcessWorker, Worker, WorkerVecEnv
 from sb3_dsrl.wrappers import ActionChunkWrapper, VecLatentSteering
+
+#: Up to here worker processes on the CPU are taken for ``sim_backend="auto"`` even where there is a GPU.
+MAX_CPU_ENVS = 32
 
 
 def unbatched(env: gym.Env) -> gym.Env:
@@ -69,7 +73,7 @@ def make_latent_env(
     flow: FlowPolicy,
     n_envs: int = 1,
     *,
-    sim_backend: Literal["auto", "physx_cpu"] = "auto",
+    sim_backend: Literal["auto", "physx_cpu", "physx_cuda"] = "auto",
     obs_mode: str | None = None,
     control_mode: str | None = None,
     reward_mode: str = "normalized_dense",
@@ -81,10 +85,16 @@ def make_latent_env(
     steer_mode: SteerMode = "full",
     num_steps: int | None = None,
     seed: int | None = None,
+    n_workers: int | None = None,
+    on_failure: Literal["raise", "restart"] = "raise",
+    worker: type[Worker] = ProcessWorker,
     **env_kwargs: Any,
 ) -> VecLatentSteering:
     """
-    Many steered ManiSkill envs, ready for SB3. One env runs in this process, several run in worker processes.
+    Many steered ManiSkill envs, ready for SB3.
+
+    On the CPU one env runs in this process; several run in worker processes, as many as there are cores, or on a Ray
+    cluster. On a GPU one batched simulator runs them all in this process.
 
     The defaults pair a dense reward with ``ignore_terminations=True``; a dense reward that ends at success pays for
     stalling. With ``reward_mode="sparse"`` set ``ignore_terminations=False``.
@@ -92,7 +102,7 @@ def make_latent_env(
     :param env_id: ManiSkill environment
     :param flow: the policy that is steered; it is frozen
     :param n_envs: N
-    :param sim_backend: "auto" or "physx_cpu"
+    :param sim_backend: "physx_cpu", "physx_cuda", or "auto": the CPU up to ``MAX_CPU_ENVS`` envs, then the GPU if there is one
     :param obs_mode: ManiSkill observation mode; None is the flow's
     :param control_mode: ManiSkill controller; None is the flow's
     :param reward_mode: ManiSkill reward mode
@@ -104,29 +114,44 @@ def make_latent_env(
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
     :param num_steps: decoding steps; None is the flow's own
     :param seed: env i is seeded with ``seed + i`` at its first reset
+    :param n_workers: on the CPU: processes that share the envs; None is one a core
+    :param on_failure: on the CPU, what a worker that dies means: "raise" or "restart", see
+        :class:`~sb3_dsrl.workers.WorkerVecEnv`
+    :param worker: on the CPU: :class:`~sb3_dsrl.workers.ProcessWorker` or :class:`~sb3_dsrl.ray_workers.RayWorker`
     :param env_kwargs: further arguments of ``gym.make``
     :return: the vectorised env; ``macro_gamma`` is the discount for PPO
     :raises ValueError: if an argument does not fit
     """
     if n_envs < 1:
         raise ValueError(f"n_envs must be at least 1, found {n_envs}")
-    if sim_backend not in ("auto", "physx_cpu"):
-        raise ValueError(f"sim_backend must be 'auto' or 'physx_cpu', found {sim_backend!r}")
-    env_kwargs |= dict(reward_mode=reward_mode)
+    if sim_backend not in ("auto", "physx_cpu", "physx_cuda"):
+        raise ValueError(f"sim_backend must be 'auto', 'physx_cpu' or 'physx_cuda', found {sim_backend!r}")
+    if sim_backend == "auto":
+        sim_backend = "physx_cuda" if n_envs > MAX_CPU_ENVS and th.cuda.is_available() else "physx_cpu"
+    env_kwargs |= dict(reward_mode=reward_mode, sim_backend=sim_backend)
     for key, value in (("obs_mode", obs_mode), ("control_mode", control_mode), ("max_episode_steps", max_episode_steps)):
         if value is not None:
             env_kwargs[key] = value
     env_kwargs = _env_kwargs(env_id, flow, env_kwargs)
-    chunk_kwargs = _chunk_kwargs(flow, gamma, ignore_terminations, reward_scale)
+    chunk_kwargs: dict[str, Any] = dict(
+        act_horizon=flow.act_horizon,
+        obs_horizon=flow.obs_horizon,
+        gamma=gamma,
+        ignore_terminations=ignore_terminations,
+        reward_scale=reward_scale,
+    )
 
     def make() -> gym.Env:
-        return _chunk_env(env_id, env_kwargs, chunk_kwargs)
+        return ActionChunkWrapper(gym.make(env_id, **env_kwargs), **chunk_kwargs)
 
-    def make_in_worker() -> gym.Env:
-        th.set_num_threads(1)  # one worker a core; their threads would only fight
-        return _chunk_env(env_id, env_kwargs, chunk_kwargs)
-
-    venv: VecEnv = DummyVecEnv([make]) if n_envs == 1 else _subproc([make_in_worker] * n_envs)
+    venv: VecEnv
+    if sim_backend == "physx_cuda":
+        venv = BatchedChunkEnv(gym.make(env_id, num_envs=n_envs, **env_kwargs), **chunk_kwargs)
+    elif n_envs == 1 and worker is ProcessWorker:
+        venv = DummyVecEnv([make])
+    else:
+        multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill"])
+        venv = WorkerVecEnv([make] * n_envs, n_workers, on_failure, worker)
     try:
         latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps)
     except BaseException:
@@ -137,33 +162,14 @@ def make_latent_env(
     return latent
 
 
-def _subproc(env_fns: list[Callable[[], gym.Env]]) -> SubprocVecEnv:
-    # The fork server imports ManiSkill once; each worker then starts in a fraction of a second and shares its pages.
-    multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill"])
-    return SubprocVecEnv(env_fns, start_method="forkserver")
-
-
 def _env_kwargs(env_id: str, flow: FlowPolicy, env_kwargs: dict[str, Any]) -> dict[str, Any]:
     if env_id not in REGISTERED_ENVS:
         close = difflib.get_close_matches(env_id, REGISTERED_ENVS, n=3)
         raise ValueError(
             f"{env_id!r} is not a ManiSkill environment" + (f"; did you mean {' or '.join(close)}?" if close else "")
         )
-    defaults = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode, sim_backend="physx_cpu", render_backend="none")
-    if env_kwargs.get("render_mode") is not None:
+    on_cpu = env_kwargs["sim_backend"] == "physx_cpu"
+    defaults = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode, render_backend="none" if on_cpu else "gpu")
+    if on_cpu and env_kwargs.get("render_mode") is not None:
         defaults["render_backend"] = "cpu"
     return {**defaults, **env_kwargs}
-
-
-def _chunk_kwargs(flow: FlowPolicy, gamma: float, ignore_terminations: bool, reward_scale: float) -> dict[str, Any]:
-    return dict(
-        act_horizon=flow.act_horizon,
-        obs_horizon=flow.obs_horizon,
-        gamma=gamma,
-        ignore_terminations=ignore_terminations,
-        reward_scale=reward_scale,
-    )
-
-
-def _chunk_env(env_id: str, env_kwargs: dict[str, Any], chunk_kwargs: dict[str, Any]) -> ActionChunkWrapper:
-    return ActionChunkWrapper(gym.make(env_id, **env_kwargs), **chunk_kwargs)

@@ -12,6 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
+from torch.distributions import Normal
 
 from sb3_dsrl.distributions import PriorMixtureDistribution
 from sb3_dsrl.optim import SCALED, AdamLrScale, LrScale
@@ -174,10 +175,13 @@ class LatentPolicy(ActorCriticPolicy):
         Log-density of pi alone.
 
         :param obs: features, (B, C)
-        :param w: noise, (B, T, A)
-        :return: (B,)
+        :param w: noise, (B, T, A), or M noises for each observation, (B, M, T, A)
+        :return: (B,) or (B, M)
         """
-        return self.pi(obs).log_prob(w.flatten(1))
+        normal = self.pi(obs).distribution
+        if w.dim() == 4:  # the networks see each observation once
+            return Normal(normal.mean[:, None], normal.stddev[:, None]).log_prob(w.flatten(2)).sum(dim=-1)
+        return normal.log_prob(w.flatten(1)).sum(dim=-1)
 
     def kl_to_prior(self, obs: PyTorchObs) -> th.Tensor:
         """

@@ -18,6 +18,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
+from tqdm import tqdm
 
 from sb3_dsrl.demos import Demos, load_demos
 from sb3_dsrl.evaluation import Rollouts
@@ -83,9 +84,7 @@ def aw_mle_loss(policy: LatentPolicy, obs: th.Tensor, w: th.Tensor, weights: th.
     :param weights: (B, M)
     :param kl_coef: weight of the KL
     """
-    batch, n = weights.shape
-    log_prob = policy.log_prob(obs.repeat_interleave(n, dim=0), w.flatten(0, 1)).reshape(batch, n)
-    return -(weights * log_prob).sum(dim=1).mean() + kl_coef * policy.kl_to_prior(obs).mean()
+    return -(weights * policy.log_prob(obs, w)).sum(dim=1).mean() + kl_coef * policy.kl_to_prior(obs).mean()
 
 
 def executed_advantages(
@@ -164,8 +163,8 @@ class _ExecutedNoise:
 
 
 @dataclass
-class _ScoredCandidates:
-    """Batches of fresh candidates, half from the prior and half from the policy, weighted by the critic's score."""
+class _FreshCandidates:
+    """Batches of fresh candidates, half from the prior and half from the policy."""
 
     steering: Steering
     critic: EnsembleChunkCritic
@@ -173,28 +172,78 @@ class _ScoredCandidates:
     cond: th.Tensor
     n_candidates: int
     kappa: float
+
+    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        cond = self.cond[th.randint(len(self.cond), (batch_size,))]
+        w = th.randn(batch_size, self.n_candidates, *self.steering.flow.noise_shape, device=cond.device)
+        from_policy = self.n_candidates // 2
+        own = self.policy.sample(cond.repeat_interleave(from_policy, dim=0))
+        w[:, :from_policy, self.steering.rows] = own.unflatten(0, (batch_size, from_policy))
+        return cond, w, _score(self.steering, self.critic, cond, w, self.kappa)
+
+
+@dataclass
+class _PooledCandidates:
+    """Batches of candidates from a pool: of each state, ``pool_size`` noises of the prior, decoded and scored once."""
+
+    cond: th.Tensor
+    pool: th.Tensor
+    q: th.Tensor
+    n_candidates: int
+
+    @classmethod
+    @th.no_grad()
+    def build(
+        cls,
+        steering: Steering,
+        critic: EnsembleChunkCritic,
+        cond: th.Tensor,
+        pool_size: int,
+        n_candidates: int,
+        kappa: float,
+        progress_bar: bool,
+        states_at_once: int = 64,
+    ) -> _PooledCandidates:
+        pool = th.randn(len(cond), pool_size, *steering.flow.noise_shape, device=cond.device)
+        starts = range(0, len(cond), states_at_once)
+        q = [
+            _score(steering, critic, cond[i : i + states_at_once], pool[i : i + states_at_once], kappa)
+            for i in tqdm(starts, desc="stage 1: candidates", disable=not progress_bar)
+        ]
+        return cls(cond, pool, th.cat(q), n_candidates)
+
+    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        index = th.randint(len(self.cond), (batch_size, 1))
+        chosen = th.rand(batch_size, self.pool.shape[1]).topk(self.n_candidates, dim=1).indices
+        return self.cond[index[:, 0]], self.pool[index, chosen], self.q[index, chosen]
+
+
+def _score(steering: Steering, critic: EnsembleChunkCritic, cond: th.Tensor, w: th.Tensor, kappa: float) -> th.Tensor:
+    """Scores (B, M) of noises (B, M, T, A)."""
+    flow = steering.flow
+    return critic.get_ucb_q(cond, flow.executed(flow.decode(cond, w, steering.num_steps)), kappa)
+
+
+@dataclass
+class _WeightedCandidates:
+    """Batches of candidates with the weights of AW-MLE."""
+
+    candidates: _FreshCandidates | _PooledCandidates
+    rows: slice
     tau: float
     beta: float
     normalize: bool
 
     @th.no_grad()
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
-        flow, rows = self.steering.flow, self.steering.rows
-        cond = self.cond[th.randint(len(self.cond), (batch_size,))]
-        repeated = cond.repeat_interleave(self.n_candidates, dim=0)
-        w = th.randn(batch_size, self.n_candidates, *flow.noise_shape, device=cond.device)
-        from_policy = self.n_candidates // 2
-        own = self.policy.sample(repeated).unflatten(0, (batch_size, self.n_candidates))
-        w[:, :from_policy, rows] = own[:, :from_policy]
-        chunk = flow.executed(flow.decode(repeated, w.flatten(0, 1)))
-        q = self.critic.get_ucb_q(repeated, chunk, self.kappa).reshape(batch_size, self.n_candidates)
+        cond, w, q = self.candidates.sample(batch_size)
         weights, advantages = candidate_weights(q, self.beta, self.tau, self.normalize)
         scalars = {
             "stage1/effective_candidates": effective_number(weights),
             "stage1/q_spread": q.std(dim=1).mean(),
             "stage1/advantage_max": advantages.amax(dim=1).mean(),
         }
-        return cond, w[:, :, rows], weights, scalars
+        return cond, w[:, :, self.rows], weights, scalars
 
 
 def pretrain_latent(
@@ -207,6 +256,7 @@ def pretrain_latent(
     batch_size: int = 256,
     learning_rate: float = 3e-4,
     n_candidates: int = 16,
+    pool_size: int | None = None,
     kappa: float = 1.0,
     tau: float = 5.0,
     beta: float | None = None,
@@ -238,6 +288,9 @@ def pretrain_latent(
     :param batch_size: states in a batch
     :param learning_rate: of stage 1's own Adam; a model's optimiser stays as it is
     :param n_candidates: M
+    :param pool_size: candidates of each state that are drawn from the prior, decoded and scored once, beforehand; every
+        iteration takes M of them. None draws fresh ones at every iteration, half of them from the policy, which costs a
+        decode of ``batch_size * n_candidates`` noises each time.
     :param kappa: the score is mean - kappa * std over the ensemble
     :param tau: temperature of the soft baseline
     :param beta: temperature of the weights; None is 1.0 for candidates and 0.3 for executed noises
@@ -271,7 +324,10 @@ def pretrain_latent(
     n_iterations = (500 if executed else 2_000) if n_iterations is None else n_iterations
     beta = (0.3 if executed else 1.0) if beta is None else beta
     kl_coef = (1e-2 if executed else 1e-3) if kl_coef is None else kl_coef
-    for name, value, smallest in (("n_candidates", n_candidates, 2), ("n_iterations", n_iterations, 1)):
+    checks = [("n_candidates", n_candidates, 2), ("n_iterations", n_iterations, 1)]
+    if pool_size is not None:
+        checks.append(("pool_size", pool_size, n_candidates))
+    for name, value, smallest in checks:
         if value < smallest:
             raise ValueError(f"{name} must be at least {smallest}, found {value}")
     for name, temperature in (("beta", beta), ("tau", tau)):
@@ -288,7 +344,7 @@ def pretrain_latent(
     if warm_start_value or not executed:
         transitions = _all_transitions(flow, demos, rollouts, ignore_terminations)
         critic = _critic(flow, transitions, rollouts, tensorboard_log, progress_bar)
-    source: _ExecutedNoise | _ScoredCandidates
+    source: _ExecutedNoise | _WeightedCandidates
     if executed:
         if rollouts is None:
             raise ValueError("weighting='executed' weighs the noises of rollouts, but no rollouts were given")
@@ -300,9 +356,14 @@ def pretrain_latent(
         source = _ExecutedNoise(*(x.to(flow.device) for x in (rollouts.cond, w, weights)))
     else:
         assert critic is not None and transitions is not None
-        source = _ScoredCandidates(
-            steering, critic, policy, transitions.cond, n_candidates, kappa, tau, beta, normalize_advantages
-        )
+        candidates: _FreshCandidates | _PooledCandidates
+        if pool_size is None:
+            candidates = _FreshCandidates(steering, critic, policy, transitions.cond, n_candidates, kappa)
+        else:
+            candidates = _PooledCandidates.build(
+                steering, critic, transitions.cond, pool_size, n_candidates, kappa, progress_bar
+            )
+        source = _WeightedCandidates(candidates, steering.rows, tau, beta, normalize_advantages)
     _fit_policy(policy, source, n_iterations, batch_size, learning_rate, kl_coef, learn_std, tensorboard_log, progress_bar)
     if warm_start_value:
         assert critic is not None and transitions is not None
@@ -372,7 +433,7 @@ def _critic(
 
 def _fit_policy(
     policy: LatentPolicy,
-    source: _ExecutedNoise | _ScoredCandidates,
+    source: _ExecutedNoise | _WeightedCandidates,
     n_iterations: int,
     batch_size: int,
     learning_rate: float,

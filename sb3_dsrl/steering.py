@@ -114,12 +114,12 @@ class Steering:
         self._generator = th.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
     @th.no_grad()
-    def features(self, obs: np.ndarray) -> np.ndarray:
+    def encode(self, obs: Any) -> th.Tensor:
         """
-        :param obs: stacked observations, (N, obs_horizon, D)
-        :return: (N, C)
+        :param obs: stacked observations, (N, obs_horizon, D), arrays or tensors
+        :return: features on the flow's device, (N, C)
         """
-        return self.flow.encode(obs).cpu().numpy()
+        return self.flow.encode(obs)
 
     @th.no_grad()
     def chunk(self, features: np.ndarray | th.Tensor, w: np.ndarray | th.Tensor) -> th.Tensor:

@@ -14,10 +14,21 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from sb3_dsrl.batched import BatchedChunkEnv
+from sb3_dsrl.chunks import (
+    ActionScaler,
+    check_chunking,
+    chunk_space,
+    episode_summary,
+    map_frames,
+    stack_frames,
+    stacked_space,
+)
 from sb3_dsrl.flow import FlowPolicy
 from sb3_dsrl.steering import Steering, SteerMode, check_flow
 
@@ -37,14 +48,14 @@ class ActionChunkWrapper(gym.Wrapper):
     ``episode_length`` (env steps), all of which stop counting at the time limit, and SB3's ``episode`` with the same
     return and length.
 
-    :param env: env with a Box action space and a Box observation space; a ManiSkill CPU env as ``gym.make`` returns it
-        is unbatched
+    :param env: env with a Box as action space and a Box, or a Dict of Boxes, as observation space; a ManiSkill CPU env as
+        ``gym.make`` returns it is unbatched
     :param act_horizon: H
     :param obs_horizon: frames in an observation
     :param gamma: discount per env step
     :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
     :param reward_scale: factor on the macro reward
-    :raises ValueError: if the env is batched, or its spaces are not bounded Boxes
+    :raises ValueError: if the env is batched, or its spaces do not fit
     """
 
     def __init__(
@@ -66,45 +77,33 @@ class ActionChunkWrapper(gym.Wrapper):
 
             env = unbatched(env)
         super().__init__(env)
-        if act_horizon < 1 or obs_horizon < 1:
-            raise ValueError(f"act_horizon and obs_horizon must be at least 1, found {act_horizon} and {obs_horizon}")
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
-        action_space, obs_space = env.action_space, env.observation_space
-        if not (isinstance(action_space, spaces.Box) and action_space.is_bounded() and len(action_space.shape) == 1):
-            raise ValueError(f"ActionChunkWrapper needs a bounded Box of shape (A,) as action space, found {action_space}")
-        if not (isinstance(obs_space, spaces.Box) and len(obs_space.shape) == 1):
-            raise ValueError(f"ActionChunkWrapper needs a Box of shape (D,) as observation space, found {obs_space}")
+        check_chunking(act_horizon, obs_horizon, gamma)
         self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
         self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
-        self.action_space = spaces.Box(-1.0, 1.0, (act_horizon, *action_space.shape), np.float32)
-        self.observation_space = spaces.Box(
-            np.repeat(obs_space.low[None], obs_horizon, 0), np.repeat(obs_space.high[None], obs_horizon, 0), dtype=np.float32
-        )
-        self._low, self._high, self._action_dtype = action_space.low, action_space.high, action_space.dtype
-        self._unit = bool((self._low == -1.0).all() and (self._high == 1.0).all())
+        self.action_space = chunk_space(env.action_space, act_horizon)
+        self.observation_space = stacked_space(env.observation_space, obs_horizon)
+        self._scale = ActionScaler(env.action_space)  # type: ignore[arg-type]
+        self._action_dtype = env.action_space.dtype
         self.env_id = env.spec.id if env.spec is not None else None
         self.control_mode: str | None = getattr(env.unwrapped, "control_mode", None)
-        self._frames: deque[np.ndarray] = deque(maxlen=obs_horizon)
+        self._frames: deque[Any] = deque(maxlen=obs_horizon)
         self._episode = _EpisodeMetrics()
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Starts an episode; the first observation fills all frames."""
         obs, info = self.env.reset(seed=seed, options=options)
         self._frames.extend([self._frame(obs)] * self.obs_horizon)
         self._episode = _EpisodeMetrics()
-        return np.stack(self._frames), info
+        return stack_frames(self._frames), info
 
-    def step(self, chunk: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, chunk: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """
         :param chunk: (H, A), in [-1, 1]
-        :return: observation (obs_horizon, D), macro reward, terminated, truncated, info
+        :return: observation (obs_horizon, D), or a dict of such; macro reward, terminated, truncated, info
         """
         if np.shape(chunk) != self.action_space.shape:
             raise ValueError(f"A chunk must have shape (H, A) = {self.action_space.shape}, found {np.shape(chunk)}")
-        actions = np.clip(chunk, -1.0, 1.0)
-        if not self._unit:
-            actions = self._low + (actions + 1.0) * 0.5 * (self._high - self._low)
+        actions = self._scale(np.asarray(chunk))
         macro_reward, terminated, truncated, k = 0.0, False, False, 0
         info: dict[str, Any] = {}
         for action in actions.astype(self._action_dtype):
@@ -124,12 +123,12 @@ class ActionChunkWrapper(gym.Wrapper):
             info["is_success"] = self._episode.success
         if terminated or truncated:
             info.update(self._episode.summary())
-        return np.stack(self._frames), self.reward_scale * macro_reward, terminated, truncated, info
+        return stack_frames(self._frames), self.reward_scale * macro_reward, terminated, truncated, info
 
     @staticmethod
-    def _frame(obs: np.ndarray) -> np.ndarray:
+    def _frame(obs: Any) -> Any:
         # copied: the arrays of a CPU simulator alias its memory
-        return np.array(obs, dtype=np.float32)
+        return map_frames(lambda x: np.array(x, dtype=np.float32 if x.dtype.kind == "f" else x.dtype), obs)
 
 
 class _EpisodeMetrics:
@@ -155,14 +154,8 @@ class _EpisodeMetrics:
         self._closed = True
 
     def summary(self) -> dict[str, Any]:
-        summary: dict[str, Any] = dict(
-            episode_return=self._return,
-            episode_length=self._length,
-            episode=dict(r=self._return, l=self._length, t=round(time.time() - self._start, 6)),
-        )
-        if self.success is not None:
-            summary.update(success_once=self._once, success_at_end=self.success)
-        return summary
+        once = self._once if self.success is not None else None
+        return episode_summary(self._return, self._length, self._start, once, self.success)
 
 
 class LatentSteeringWrapper(gym.Wrapper):
@@ -207,7 +200,7 @@ class LatentSteeringWrapper(gym.Wrapper):
         self.steering = Steering(flow, env.gamma, noise_bound, steer_mode, num_steps)
         _check_env_fits(flow, env.observation_space, env.action_space, env.env_id, env.control_mode)
         self.observation_space, self.action_space = self.steering.observation_space, self.steering.action_space
-        self._features = np.zeros((1, flow.cond_dim), np.float32)
+        self._cond = th.zeros(1, flow.cond_dim, device=flow.device)
 
     @property
     def macro_gamma(self) -> float:
@@ -226,13 +219,13 @@ class LatentSteeringWrapper(gym.Wrapper):
         :param w: noise, (T, A), or (H, A) with ``steer_mode="act_horizon"``
         :return: features (C,), macro reward, terminated, truncated, info
         """
-        chunk = self.steering.chunk(self._features, w[None])[0].cpu().numpy()
+        chunk = _to_numpy(self.steering.chunk(self._cond, w[None]))[0]
         obs, reward, terminated, truncated, info = self.env.step(chunk)
         return self._encode(obs), float(reward), terminated, truncated, dict(info, action_chunk=chunk)
 
-    def _encode(self, obs: np.ndarray) -> np.ndarray:
-        self._features = self.steering.features(obs[None])
-        return self._features[0].copy()
+    def _encode(self, obs: Any) -> np.ndarray:
+        self._cond = self.steering.encode(map_frames(lambda x: x[None], obs))
+        return _to_numpy(self._cond)[0]
 
 
 class VecLatentSteering(VecEnvWrapper):
@@ -240,7 +233,8 @@ class VecLatentSteering(VecEnvWrapper):
     The form of :class:`LatentSteeringWrapper` for many envs, named like ``VecNormalize``: below it lie chunk envs (one
     message a macro-step), above it the flow decodes all of them in one batch.
 
-    :param venv: vectorised :class:`ActionChunkWrapper` envs
+    :param venv: vectorised :class:`ActionChunkWrapper` envs (in this process, in worker processes, in Ray actors) or a
+        :class:`BatchedChunkEnv`
     :param flow: the policy that is steered; it is frozen
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
@@ -267,7 +261,9 @@ class VecLatentSteering(VecEnvWrapper):
         env_id, control_mode = (venv.get_attr(name, indices=0)[0] for name in ("env_id", "control_mode"))
         _check_env_fits(flow, venv.observation_space, venv.action_space, env_id, control_mode)
         super().__init__(venv, self.steering.observation_space, self.steering.action_space)
-        self._features = np.zeros((venv.num_envs, flow.cond_dim), np.float32)
+        # A batched simulator takes and gives tensors; nothing but features, rewards, dones and infos leaves its device.
+        self._tensors = isinstance(venv.unwrapped, BatchedChunkEnv)
+        self._cond = th.zeros(venv.num_envs, flow.cond_dim, device=flow.device)
         self._chunks = np.zeros((venv.num_envs, flow.act_horizon, flow.action_dim), np.float32)
 
     @property
@@ -286,30 +282,35 @@ class VecLatentSteering(VecEnvWrapper):
         """
         :return: features, (N, C)
         """
-        self._features = self.steering.features(np.asarray(self.venv.reset()))
-        return self._features.copy()
+        self._cond = self.steering.encode(self.venv.reset())
+        return _to_numpy(self._cond)
 
     def step_async(self, actions: np.ndarray) -> None:
         """
         :param actions: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``
         """
-        self._chunks = self.steering.chunk(self._features, actions).cpu().numpy()
-        self.venv.step_async(self._chunks)
+        chunks = self.steering.chunk(self._cond, actions)
+        self._chunks = _to_numpy(chunks)
+        self.venv.step_async(chunks if self._tensors else self._chunks)  # type: ignore[arg-type]
 
     def step_wait(self) -> VecEnvStepReturn:
         """
         :return: features (N, C), macro rewards (N,), dones (N,), infos
         """
         obs, rewards, dones, infos = self.venv.step_wait()
-        self._features = self.steering.features(np.asarray(obs))
+        self._cond = self.steering.encode(obs)
         ended = [i for i, info in enumerate(infos) if "terminal_observation" in info]
         if ended:
-            terminal = self.steering.features(np.stack([infos[i]["terminal_observation"] for i in ended]))
-            for i, features in zip(ended, terminal, strict=True):
+            terminal = stack_frames([infos[i]["terminal_observation"] for i in ended])
+            for i, features in zip(ended, _to_numpy(self.steering.encode(terminal)), strict=True):
                 infos[i]["terminal_observation"] = features
         for info, chunk in zip(infos, self._chunks, strict=True):
             info["action_chunk"] = chunk
-        return self._features.copy(), rewards, dones, infos
+        return _to_numpy(self._cond), rewards, dones, infos
+
+
+def _to_numpy(x: th.Tensor) -> np.ndarray:
+    return x.cpu().numpy().copy()  # copied: what is handed out may be written to
 
 
 def find_steering(env: gym.Env | VecEnv) -> Steering:

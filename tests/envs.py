@@ -80,6 +80,43 @@ class ScriptedEnv(gym.Env):
         self._obs[:] = np.sin(phase) + 0.2 * action.mean()
 
 
+class BatchedScriptedEnv(gym.Env):
+    """
+    Several envs behind ManiSkill's batched interface: tensors with a leading axis, partial resets, no reset by itself. It
+    hands out the same tensors every time and overwrites them.
+
+    :param envs: the envs; time limits are their own
+    """
+
+    def __init__(self, envs: Sequence[gym.Env]) -> None:
+        self.envs, self.num_envs, self.device = list(envs), len(envs), th.device("cpu")
+        self.single_observation_space, self.single_action_space = envs[0].observation_space, envs[0].action_space
+        self._obs: Any = None
+
+    def reset(self, *, seed: list[int] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        assert seed is None or len(seed) == self.num_envs
+        index = (options or {}).get("env_idx", range(self.num_envs))
+        for i in map(int, index):
+            self._write(i, self.envs[i].reset(seed=None if seed is None else seed[i])[0])
+        return self._obs, {}
+
+    def step(self, actions: th.Tensor) -> tuple[Any, ...]:
+        assert isinstance(actions, th.Tensor) and actions.shape == (self.num_envs, *self.single_action_space.shape)
+        results = [env.step(action.numpy()) for env, action in zip(self.envs, actions, strict=True)]
+        for i, result in enumerate(results):
+            self._write(i, result[0])
+        rewards, ended, limits = (th.tensor([result[c] for result in results]) for c in (1, 2, 3))
+        return self._obs, rewards, ended, limits, {"success": th.tensor([result[4]["success"] for result in results])}
+
+    def _write(self, i: int, obs: Any) -> None:
+        parts = obs if isinstance(obs, dict) else {"": obs}
+        if self._obs is None:
+            empty = {key: th.zeros(self.num_envs, *x.shape, dtype=th.from_numpy(x).dtype) for key, x in parts.items()}
+            self._obs = empty if isinstance(obs, dict) else empty[""]
+        for key, x in parts.items():
+            (self._obs[key] if isinstance(obs, dict) else self._obs)[i] = th.from_numpy(x)
+
+
 def scripted(time_limit: int | None = None, **kwargs: Any) -> gym.Env:
     """A :class:`ScriptedEnv`, with gymnasium's TimeLimit if asked for."""
     env = ScriptedEnv(**kwargs)

@@ -247,7 +247,8 @@ class TargetCritic(nn.Module):
         self.offset, self.slope = offset, slope
 
     def forward(self, cond: th.Tensor, chunk: th.Tensor) -> th.Tensor:
-        q = self.offset + self.slope * cond[:, 0] - (chunk[:, 0] - th.from_numpy(BEST / 4)).pow(2).sum(dim=1)
+        of_cond = (self.offset + self.slope * cond[:, 0]).reshape(-1, *[1] * (chunk.dim() - 3))
+        q = of_cond - (chunk[..., 0, :] - th.from_numpy(BEST / 4)).pow(2).sum(dim=-1)
         return th.stack([q - 0.1, q + 0.1])
 
     def get_ucb_q(self, cond: th.Tensor, chunk: th.Tensor, kappa: float) -> th.Tensor:
@@ -312,6 +313,28 @@ def test_bandit_candidates(beta: float, kl_coef: float) -> None:
     np.testing.assert_allclose(mean_noise(stage1), candidates_optimum(beta, kl_coef), atol=0.06)
     if beta < 1:  # sharp weights, little KL: the optimum of AW-MLE is near the bandit's
         np.testing.assert_allclose(mean_noise(stage1), BEST, atol=0.12)
+
+
+@pytest.mark.parametrize("pool_size", [64, 16])
+def test_bandit_candidates_from_a_pool(pool_size: int) -> None:
+    """
+    Decoded and scored once. All candidates come from the prior, so the fixed point is the weighted mean of 16 of them; a pool
+    of 16 a state is a little noisier, since each state's candidates are always the same.
+    """
+    decoded = []
+    flow = bandit_flow(TargetCritic())
+    flow.decode = lambda cond, w, *args, decode=flow.decode: decoded.append(w[..., 0, 0].numel()) or decode(cond, w, *args)
+    demos = bandit_demos()
+    stage1 = pretrain_latent(flow, demos, weighting="candidates", beta=0.3, kl_coef=1e-3, pool_size=pool_size, **FAST)
+    assert sum(decoded) == 100 * pool_size
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((50_000, 16, 2))
+    q = -np.square(w - BEST).sum(axis=2)
+    raw = np.exp((q - q.mean(axis=1, keepdims=True)) / q.std(axis=1, ddof=1, keepdims=True) / 0.3)
+    expected = ((raw / raw.sum(axis=1, keepdims=True))[..., None] * w).sum(axis=1).mean(axis=0) / (1 + 1e-3)
+    np.testing.assert_allclose(mean_noise(stage1), expected, atol=0.06 if pool_size == 64 else 0.15)
+    with pytest.raises(ValueError, match="pool_size must be at least 16, found 8"):
+        pretrain_latent(flow, demos, weighting="candidates", pool_size=8)
 
 
 def test_bandit_candidates_with_a_critic_learned_from_rollouts(rollouts: Rollouts) -> None:

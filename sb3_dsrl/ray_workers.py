@@ -1,0 +1,54 @@
+"""Workers on the machines of a Ray cluster; the flow and PPO stay with the driver. Needs the extra ``ray``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from sb3_dsrl.workers import EnvFn, EnvGroup, Worker, WorkerError
+
+
+class RayWorker(Worker):
+    """
+    A worker that is a Ray actor, somewhere in the cluster; it takes one CPU. ``ray.init`` is called if nobody has.
+
+    :param env_fns: make the envs of its group
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+        super().__init__(env_fns)
+        _init()
+        no_gpu = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+        self._actor: Any = ray.remote(num_cpus=1, runtime_env=no_gpu)(EnvGroup).remote(list(env_fns))
+        self._answer: Any = None
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """See :class:`Worker`."""
+        self._answer = getattr(self._actor, method).remote(*args, **kwargs)
+
+    def result(self) -> Any:
+        """See :class:`Worker`."""
+        try:
+            return ray.get(self._answer)
+        except ray.exceptions.RayTaskError as error:
+            raise WorkerError(f"an exception in a Ray actor:\n{error}") from error.cause
+        except ray.exceptions.RayActorError as error:
+            raise WorkerError(f"the Ray actor died: {error}") from None
+
+    def close(self) -> None:
+        """See :class:`Worker`."""
+        if ray.is_initialized():
+            ray.kill(self._actor)
+
+    @staticmethod
+    def available() -> int:
+        """The CPUs of the whole cluster."""
+        _init()
+        return int(ray.cluster_resources().get("CPU", 1))
+
+
+def _init() -> None:
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)

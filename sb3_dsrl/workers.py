@@ -1,0 +1,360 @@
+"""Envs in workers, several in each: one message a worker and macro-step each way, whatever carries the messages."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
+
+from sb3_dsrl.chunks import map_frames
+
+EnvFn = Callable[[], gym.Env]
+
+
+class WorkerError(RuntimeError):
+    """A worker that died, or an exception in one of its envs."""
+
+
+class EnvGroup:
+    """
+    What a worker holds: several envs in one process, stepped one after the other.
+
+    :param env_fns: make the envs
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+        th.set_num_threads(1)  # one worker a core: their threads would only fight
+        self._envs = DummyVecEnv(list(env_fns))
+
+    def reset(self, seeds: list[int | None], options: list[dict[str, Any]]) -> tuple[VecEnvObs, list[dict[str, Any]]]:
+        """Starts an episode in every env."""
+        self._envs._seeds, self._envs._options = seeds, options
+        return self._envs.reset(), self._envs.reset_infos
+
+    def step(self, actions: np.ndarray) -> tuple[Any, ...]:
+        """
+        :param actions: (envs of the group, H, A)
+        :return: what a VecEnv's ``step`` returns, and the reset infos
+        """
+        return (*self._envs.step(actions), self._envs.reset_infos)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the group's ``DummyVecEnv``, or returns an attribute of it."""
+        found = getattr(self._envs, name)
+        return found(*args, **kwargs) if callable(found) else found
+
+
+class Worker(ABC):
+    """
+    Carries calls to an :class:`EnvGroup` somewhere else; one call at a time.
+
+    :param env_fns: make the envs of its group
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+        self.env_fns = env_fns
+
+    @abstractmethod
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """
+        Sends a call and does not wait for it.
+
+        :param method: of :class:`EnvGroup`
+        """
+
+    @abstractmethod
+    def result(self) -> Any:
+        """
+        Waits for the last call.
+
+        :raises WorkerError: if the worker died or the call raised
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the worker, also one that is busy or dead."""
+
+    @staticmethod
+    @abstractmethod
+    def available() -> int:
+        """Number of workers that make sense: the cores that there are."""
+
+
+class ProcessWorker(Worker):
+    """
+    A worker in a process of its own.
+
+    It ignores Ctrl-C, which is the main process's to handle, sees no GPU, and ends when the main process ends in whatever
+    way, since its pipe then closes.
+
+    :param env_fns: make the envs of its group
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+        super().__init__(env_fns)
+        # The fork server imports the package once; each worker then starts in a fraction of a second and shares its pages.
+        context = multiprocessing.get_context("forkserver")
+        self._pipe, remote = context.Pipe()
+        self._process = context.Process(target=_serve, args=(remote, CloudpickleWrapper(list(env_fns))), daemon=True)
+        self._process.start()
+        remote.close()
+        self._call = 0
+        self._lost = False
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """See :class:`Worker`."""
+        self._call += 1
+        try:
+            self._pipe.send((self._call, method, args, kwargs))
+        except (BrokenPipeError, ConnectionError):
+            self._lost = True
+
+    def result(self) -> Any:
+        """See :class:`Worker`."""
+        call, ok = 0, False
+        value: Any = None
+        while call != self._call and not self._lost:  # skips the answer to a call that Ctrl-C interrupted
+            try:
+                call, ok, value = self._pipe.recv()
+            except (EOFError, ConnectionError):
+                self._lost = True
+        if self._lost:
+            self._process.join(timeout=5)
+            code = self._process.exitcode
+            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            raise WorkerError(f"process {self._process.pid} died ({how})")
+        if not ok:
+            trace, exception = value
+            raise WorkerError(f"an exception in process {self._process.pid}:\n{trace}") from exception
+        return value
+
+    def close(self) -> None:
+        """See :class:`Worker`."""
+        self._pipe.close()  # the worker ends when it finds its pipe closed
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+
+    @staticmethod
+    def available() -> int:
+        """The cores that this process may use."""
+        return len(os.sched_getaffinity(0))
+
+
+def _serve(pipe: Connection, env_fns: CloudpickleWrapper) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CUDA context costs each worker hundreds of MB
+    group: EnvGroup | None = None
+    while True:
+        try:
+            call, method, args, kwargs = pipe.recv()
+        except (EOFError, ConnectionError):
+            break
+        try:
+            if group is None:
+                group = EnvGroup(env_fns.var)
+            answer = (call, True, getattr(group, method)(*args, **kwargs))
+        except BaseException as exception:
+            answer = (call, False, (traceback.format_exc(), exception))
+        try:
+            pipe.send(answer)
+        except (BrokenPipeError, ConnectionError):
+            break
+        except Exception:  # what cannot be pickled
+            trace = traceback.format_exc() if answer[1] else answer[2][0]
+            pipe.send((call, False, (trace, None)))
+    if group is not None:
+        group.call("close")
+
+
+class WorkerVecEnv(VecEnv):
+    """
+    Many envs, spread evenly over fewer workers. Stepping several envs one after the other in each of as many workers as
+    there are cores beats one worker an env, whose processes only get in each other's way.
+
+    Where SB3's ``SubprocVecEnv`` waits for ever or raises a bare EOFError, an exception in an env or a worker that dies is a
+    :class:`WorkerError` with the worker's number and the traceback, or, with ``on_failure="restart"``, a warning: the worker
+    starts anew, and the episodes that were lost are truncated at their last observation, with reward 0,
+    ``info["worker_failed"]`` and no episode metrics. :func:`~sb3_dsrl.evaluate` and
+    :func:`~sb3_dsrl.collect_rollouts` play them again.
+
+    :param env_fns: make the envs, which all have the same spaces
+    :param n_workers: None is :meth:`Worker.available`, and never more than there are envs
+    :param on_failure: "raise" or "restart"
+    :param worker: makes a worker from its ``env_fns``: :class:`ProcessWorker`, :class:`~sb3_dsrl.ray_workers.RayWorker`
+    :raises ValueError: if an argument is out of range
+    :raises WorkerError: if an env cannot be made
+    """
+
+    def __init__(
+        self,
+        env_fns: Sequence[EnvFn],
+        n_workers: int | None = None,
+        on_failure: Literal["raise", "restart"] = "raise",
+        worker: type[Worker] = ProcessWorker,
+    ) -> None:
+        if not env_fns:
+            raise ValueError("WorkerVecEnv needs at least one env")
+        if n_workers is not None and n_workers < 1:
+            raise ValueError(f"n_workers must be at least 1, found {n_workers}")
+        if on_failure not in ("raise", "restart"):
+            raise ValueError(f"on_failure must be 'raise' or 'restart', found {on_failure!r}")
+        self.on_failure, self.n_restarts = on_failure, 0
+        n_workers = max(1, min(len(env_fns), n_workers or worker.available()))
+        self._slices = [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(range(len(env_fns)), n_workers)]
+        self._env_fns, self._worker_class = list(env_fns), worker
+        self._workers = [worker(self._env_fns[part]) for part in self._slices]
+        self._first_seeds: list[int | None] = [None] * len(env_fns)
+        self._obs: Any = None
+        try:
+            obs_space, action_space = (
+                self._all("call", [(name,)] * n_workers)[0] for name in ("observation_space", "action_space")
+            )
+            super().__init__(len(env_fns), obs_space, action_space)
+        except BaseException:
+            self.close()
+            raise
+
+    def reset(self) -> VecEnvObs:
+        """
+        :return: observations of all envs, (N, ...)
+        """
+        if any(seed is not None for seed in self._seeds):
+            self._first_seeds = list(self._seeds)
+        seeds, options = self._seeds, self._options
+        parts = self._all("reset", [(seeds[part], options[part]) for part in self._slices], self._reset_again)
+        self.reset_infos = [info for _, infos in parts for info in infos]
+        self._reset_seeds()
+        self._reset_options()
+        self._obs = _joined([obs for obs, _ in parts])
+        return self._obs
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """
+        :param actions: (N, ...)
+        """
+        for worker, part in zip(self._workers, self._slices, strict=True):
+            worker.submit("step", actions[part])
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        :return: observations (N, ...), rewards (N,), dones (N,), infos
+        """
+        parts = self._results(self._truncated)
+        obs, rewards, dones, infos, reset_infos = zip(*parts, strict=True)
+        self.reset_infos = [info for part in reset_infos for info in part]
+        self._obs = _joined(obs)
+        return self._obs, np.concatenate(rewards), np.concatenate(dones), [info for part in infos for info in part]
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """One picture an env, if they were made with ``render_mode="rgb_array"``."""
+        return [image for part in self._all("call", [("get_images",)] * len(self._workers)) for image in part]
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """An attribute of the envs."""
+        return self._on("get_attr", (attr_name,), {}, indices)
+
+    def has_attr(self, attr_name: str) -> bool:
+        """Whether all envs have this attribute."""
+        return all(self._all("call", [("has_attr", attr_name)] * len(self._workers)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Sets an attribute of the envs."""
+        self._on("set_attr", (attr_name, value), {}, indices)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Calls a method of the envs."""
+        return self._on("env_method", (method_name, *method_args), method_kwargs, indices)
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """Whether the envs are wrapped in this class."""
+        return self._on("env_is_wrapped", (wrapper_class,), {}, indices)
+
+    def _on(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], indices: VecEnvIndices) -> list[Any]:
+        """Calls a method of the workers' DummyVecEnvs for some of the envs; the results in the order of the indices."""
+        wanted = list(self._get_indices(indices))
+        results: dict[int, Any] = {}
+        for i, part in enumerate(self._slices):
+            local = [j - part.start for j in wanted if part.start <= j < part.stop]
+            if local:
+                self._workers[i].submit("call", method, *args, indices=local, **kwargs)
+                values = self._result(i) or [None] * len(local)
+                results |= {j + part.start: value for j, value in zip(local, values, strict=True)}
+        return [results[j] for j in wanted]
+
+    def _all(self, method: str, args: Sequence[tuple[Any, ...]], recover: Callable[[int], Any] | None = None) -> list[Any]:
+        for worker, own in zip(self._workers, args, strict=True):
+            worker.submit(method, *own)
+        return self._results(recover)
+
+    def _results(self, recover: Callable[[int], Any] | None = None) -> list[Any]:
+        return [self._result(i, recover) for i in range(len(self._workers))]
+
+    def _result(self, i: int, recover: Callable[[int], Any] | None = None) -> Any:
+        try:
+            return self._workers[i].result()
+        except WorkerError as error:
+            part = self._slices[i]
+            message = f"Worker {i} (envs {part.start} to {part.stop - 1}): {error}"
+            if recover is None and isinstance(error.__cause__, AttributeError):
+                raise error.__cause__ from None  # as the other VecEnvs do
+            if recover is None or self.on_failure == "raise":
+                raise WorkerError(message) from error.__cause__
+            warnings.warn(f"{message}\nIt is started again; episodes that were lost are truncated.")
+            return recover(i)
+
+    def _reset_again(self, i: int) -> tuple[VecEnvObs, list[dict[str, Any]]]:
+        """A new worker in the place of one that failed, and the first observations of its envs."""
+        self.n_restarts += 1
+        part = self._slices[i]
+        self._workers[i].close()
+        self._workers[i] = self._worker_class(self._env_fns[part])
+        seeds: list[int | None] = [
+            None if seed is None else int(np.random.SeedSequence([seed, self.n_restarts]).generate_state(1)[0] >> 1)
+            for seed in self._first_seeds[part]
+        ]
+        self._workers[i].submit("reset", seeds, [{} for _ in seeds])
+        return self._result(i)  # a worker that fails at once is an error in any case
+
+    def _truncated(self, i: int) -> tuple[Any, ...]:
+        """The step of a worker that failed: its episodes end where they were last seen, and new ones begin."""
+        part = self._slices[i]
+        last = map_frames(lambda obs: obs[part], self._obs)
+        obs, reset_infos = self._reset_again(i)
+        n = part.stop - part.start
+        infos = [
+            {
+                "worker_failed": True,
+                "chunk_length": 0,
+                "TimeLimit.truncated": True,
+                "terminal_observation": map_frames(lambda x, j=j: x[j].copy(), last),
+            }
+            for j in range(n)
+        ]
+        return obs, np.zeros(n, np.float32), np.ones(n, bool), infos, reset_infos
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    return map_frames(lambda *arrays: np.concatenate(arrays), *parts)

@@ -1,0 +1,127 @@
+"""The fast decode against a plain loop of full forward passes: the same numbers, also after the weights have changed."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch as th
+from torch.nn import functional as F
+
+from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, VelocityUNet
+from sb3_dsrl.decoding import BLOCK_SIZE, integrate
+from sb3_dsrl.networks import VelocityNet, mish
+
+NETS: dict[str, Callable[[], VelocityNet]] = {
+    "MLP": lambda: VelocityMLP(3, 4, 6, width=32, n_blocks=2, embed_dim=8),
+    "U-Net": lambda: VelocityUNet(3, 8, 6, widths=(16, 32, 48), embed_dim=8),
+    "U-Net, one width": lambda: VelocityUNet(2, 5, 3, widths=(16,), embed_dim=8),
+    "U-Net, kernel 3": lambda: VelocityUNet(8, 4, 6, widths=(8, 8), kernel_size=3, n_groups=4, embed_dim=8),
+    "U-Net, kernel 1": lambda: VelocityUNet(8, 4, 6, widths=(8, 16), kernel_size=1, n_groups=2, embed_dim=8),
+    "U-Net, default": lambda: VelocityUNet(7, 16, 20),
+}
+
+
+@pytest.fixture(params=NETS)
+def net(request: pytest.FixtureRequest) -> VelocityNet:
+    th.manual_seed(0)
+    net = NETS[request.param]().eval()
+    for p in net.parameters():  # fresh biases and norms are too tame
+        p.data += 0.05 * th.randn_like(p)
+    return net
+
+
+def plain(net: VelocityNet, cond: th.Tensor, w: th.Tensor, n: int) -> th.Tensor:
+    """One observation and one noise after the other: no batches, no caches."""
+    with th.no_grad():
+        chunks = th.empty_like(w)
+        for b in range(len(w)):
+            for m in range(w.shape[1]):
+                x = w[b, m][None]
+                for i in range(n):
+                    t, d = th.tensor([i / n]), th.tensor([1 / n])
+                    x = x + net(x, t, d, cond[b][None]) / n
+                chunks[b, m] = x[0]
+        return chunks
+
+
+@pytest.mark.parametrize(("b", "m", "n"), [(1, 1, 8), (3, 1, 2), (2, 5, 3), (5, 30, 1), (BLOCK_SIZE + 3, 1, 1)])
+def test_same_as_plain_loops(net: VelocityNet, b: int, m: int, n: int) -> None:
+    cond, w = th.randn(b, net.cond_dim), th.randn(b, m, net.pred_horizon, net.action_dim)
+    kept = w.clone(), cond.clone()
+    with th.no_grad():
+        fast = integrate(net, cond, w, n)
+    assert th.equal(w, kept[0]) and th.equal(cond, kept[1])
+    th.testing.assert_close(fast, plain(net, cond, w, n), atol=1e-5, rtol=1e-5)
+    with_gradients = integrate(net, cond, w, n)  # the other way through the code
+    assert with_gradients.requires_grad
+    th.testing.assert_close(fast, with_gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.load_state_dict({key: 0.5 * value for key, value in net.state_dict().items()}),
+        lambda net: net.load_state_dict({key: 0.5 * value for key, value in net.state_dict().items()}, assign=True),
+        lambda net: [p.mul_(0.5) for p in net.parameters()],
+        lambda net: [setattr(p, "data", 0.5 * p.data) for p in net.parameters()],
+        lambda net: list(net.parameters())[-1].add_(1.0),
+    ],
+    ids=["load_state_dict", "assign", "in place", "data", "one bias"],
+)
+@th.no_grad()
+def test_changed_weights_count(net: VelocityNet, change: Callable[[VelocityNet], object]) -> None:
+    cond, w = th.randn(2, net.cond_dim), th.randn(2, 1, net.pred_horizon, net.action_dim)
+    before = integrate(net, cond, w, 2)
+    kept = before.clone()
+    change(net)
+    after = integrate(net, cond, w, 2)
+    th.testing.assert_close(after, plain(net, cond, w, 2), atol=1e-5, rtol=1e-5)
+    assert not th.allclose(before, after, atol=1e-3)
+    assert th.equal(before, kept)  # what was handed out is not a buffer that is used again
+
+
+@th.no_grad()
+def test_copies_do_not_share_what_is_packed(net: VelocityNet) -> None:
+    cond, w = th.randn(2, net.cond_dim), th.randn(2, 1, net.pred_horizon, net.action_dim)
+    before = integrate(net, cond, w, 2)
+    twin = copy.deepcopy(net)
+    for p in twin.parameters():
+        p.mul_(0.0)
+    assert th.equal(integrate(net, cond, w, 2), before)
+    th.testing.assert_close(integrate(twin, cond, w, 2), w)
+    assert net.state_dict().keys() == twin.state_dict().keys()
+
+
+@th.no_grad()
+def test_decode_takes_several_noises_for_each_observation() -> None:
+    th.manual_seed(0)
+    flow = FlowPolicy(
+        StateEncoder(3, 2), VelocityUNet(2, 4, 6, widths=(16, 16), n_groups=2), None, act_horizon=2, num_steps=3
+    ).freeze()
+    cond, w = th.randn(5, 6), th.randn(5, 4, 4, 2)
+    chunks = flow.decode(cond, w)
+    expected = flow.decode(cond.repeat_interleave(4, dim=0), w.flatten(0, 1))
+    assert chunks.shape == w.shape and chunks.abs().max() <= 1
+    th.testing.assert_close(chunks.flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
+    th.testing.assert_close(flow.executed(chunks), chunks[:, :, :2])
+
+
+def test_critic_takes_several_chunks_for_each_observation() -> None:
+    th.manual_seed(0)
+    critic = EnsembleChunkCritic(6, 2, 3, n_heads=4, width=64)
+    for p in critic.parameters():
+        p.data += 0.1 * th.randn_like(p)
+    cond, chunk = th.randn(40, 6), th.randn(40, 5, 2, 3)
+    expected = critic(cond.repeat_interleave(5, dim=0), chunk.flatten(0, 1)).reshape(4, 40, 5)
+    th.testing.assert_close(critic(cond, chunk), expected, atol=1e-5, rtol=1e-5)
+    with th.no_grad():
+        th.testing.assert_close(critic(cond, chunk), expected, atol=1e-5, rtol=1e-5)
+        scores = critic.get_ucb_q(cond, chunk, 2.0)
+    th.testing.assert_close(scores, (expected.mean(0) - 2.0 * expected.std(0, unbiased=False)), atol=1e-5, rtol=1e-5)
+
+
+@th.no_grad()
+def test_mish() -> None:
+    x = th.cat([th.linspace(-120, 120, 20_001), th.randn(10_000), th.tensor([-1e4, 1e4, 0.0])])
+    th.testing.assert_close(mish(x), F.mish(x.double()).float(), atol=2e-6, rtol=1e-6)
+    th.testing.assert_close(mish(x[:50]), F.mish(x[:50]))

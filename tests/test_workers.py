@@ -1,0 +1,294 @@
+"""Worker processes and Ray actors: what they share, what happens when one fails, and that none outlives the main process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_dsrl import ActionChunkWrapper, VecLatentSteering, collect_rollouts, evaluate, ppo_kwargs
+from sb3_dsrl.ray_workers import RayWorker
+from sb3_dsrl.workers import ProcessWorker, WorkerError, WorkerVecEnv
+from tests.envs import ScriptedEnv, tiny_flow
+
+WORKERS = [ProcessWorker, RayWorker]
+
+
+class Numbered(ScriptedEnv):
+    """Knows its number; its ``fail`` ends its process or raises, once."""
+
+    def __init__(self, number: int = 0, fail: str | None = None, fail_at: int = 7, marker: Path | None = None) -> None:
+        super().__init__(episode_lengths=(100,), random_start=True)
+        self.number, self.fail, self.fail_at, self.marker = number, fail, fail_at, marker
+
+    def step(self, action: np.ndarray):
+        if self.fail and self.t + 1 == self.fail_at and not (self.marker and self.marker.exists()):
+            if self.marker:
+                self.marker.touch()
+            if self.fail == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError(f"env {self.number} is out of order")
+        return super().step(action)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def twice(self, x: int) -> int:
+        return 2 * x + self.number
+
+    @property
+    def threads(self) -> int:
+        return th.get_num_threads()
+
+    @property
+    def cuda(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    @property
+    def unpicklable(self):
+        return lambda: None
+
+
+def numbered(n: int, n_workers: int, worker: type = ProcessWorker, on_failure: str = "raise", **failing) -> WorkerVecEnv:
+    """The second env gets the arguments ``failing``."""
+
+    def make(i: int) -> gym.Env:
+        env = Numbered(i, **(failing if i == 1 else {}))
+        return ActionChunkWrapper(gym.wrappers.TimeLimit(env, 12), act_horizon=3, obs_horizon=2)
+
+    return WorkerVecEnv([lambda i=i: make(i) for i in range(n)], n_workers, on_failure, worker)
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_envs_are_spread_over_workers(worker: type) -> None:
+    env = numbered(5, 2, worker)
+    processes = env.env_method("process")
+    assert len(set(processes)) == 2 and os.getpid() not in processes
+    assert processes == [processes[0]] * 3 + [processes[3]] * 2
+    assert env.get_attr("number") == [0, 1, 2, 3, 4] and env.get_attr("number", [4, 0]) == [4, 0]
+    assert env.env_method("twice", 10, indices=[3, 1]) == [23, 21] and env.env_method("twice", x=1, indices=2) == [4]
+    assert set(env.get_attr("threads")) == {1} and set(env.get_attr("cuda")) == {""}
+    env.set_attr("gamma", 0.5, indices=[2])
+    assert env.get_attr("gamma") == [0.99, 0.99, 0.5, 0.99, 0.99]
+    assert env.env_is_wrapped(ActionChunkWrapper) == [True] * 5 and env.env_is_wrapped(Monitor) == [False] * 5
+    assert env.has_attr("number") and not env.has_attr("no_such_thing")
+    with pytest.raises(AttributeError):
+        env.get_attr("no_such_thing")
+    env.close()
+
+
+def test_more_workers_than_envs_are_not_started() -> None:
+    env = numbered(2, 8)
+    assert len(set(env.env_method("process"))) == 2
+    env.close()
+    env = numbered(3, None)
+    assert len(set(env.env_method("process"))) == min(3, len(os.sched_getaffinity(0)))
+    env.close()
+
+
+def test_seeds_and_options_reach_their_envs() -> None:
+    ours, stock = numbered(3, 2), DummyVecEnv([lambda i=i: ActionChunkWrapper(Numbered(i), 3, 2) for i in range(3)])
+    for env in (ours, stock):
+        env.seed(11)
+    np.testing.assert_array_equal(ours.reset(), stock.reset())
+    assert not np.allclose(ours.reset(), ours.reset())  # a seed is used once
+    ours.close()
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+@pytest.mark.parametrize(("fail", "sentence"), [("die", "died"), ("raise", "ValueError: env 1 is out of order")])
+def test_failure_is_an_error_that_names_the_worker(worker: type, fail: str, sentence: str) -> None:
+    env = numbered(4, 2, worker, fail=fail)
+    env.reset()
+    with pytest.raises(WorkerError, match=rf"(?s)Worker 0 \(envs 0 to 1\): .*{sentence}"):
+        for _ in range(4):
+            env.step(np.zeros((4, 3, 2), np.float32))
+    env.close()
+
+
+def test_death_names_the_signal_and_an_exception_its_traceback() -> None:
+    for fail, sentence in (("die", r"process \d+ died \(signal SIGKILL\)"), ("raise", r"(?s)Traceback .*in step.*ValueError")):
+        env = numbered(2, 1, fail=fail)
+        env.reset()
+        with pytest.raises(WorkerError, match=sentence):
+            for _ in range(4):
+                env.step(np.zeros((2, 3, 2), np.float32))
+        env.close()
+
+
+def test_env_that_cannot_be_made() -> None:
+    def broken() -> gym.Env:
+        raise OSError("no renderer")
+
+    with pytest.raises(WorkerError, match=r"(?s)Worker 0 \(envs 0 to 0\): .*OSError: no renderer"):
+        WorkerVecEnv([broken])
+
+
+def test_unpicklable_answer_is_an_error_and_the_worker_lives_on() -> None:
+    env = numbered(2, 1)
+    with pytest.raises(WorkerError, match=r"(?s)Worker 0 .*[Pp]ickle"):
+        env.get_attr("unpicklable")
+    assert env.get_attr("number") == [0, 1]
+    env.close()
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+@pytest.mark.parametrize("fail", ["die", "raise"])
+def test_restart(worker: type, fail: str, tmp_path: Path) -> None:
+    """The worker's two episodes are truncated where they were; the other two envs notice nothing."""
+    env = numbered(4, 2, worker, "restart", fail=fail, marker=tmp_path / "failed")
+    twin = numbered(4, 2)
+    for venv in (env, twin):
+        venv.seed(3)
+        venv.reset()
+    zeros = np.zeros((4, 3, 2), np.float32)
+    failed_at = None
+    for t in range(8):
+        before = env._obs.copy()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            obs, rewards, dones, infos = env.step(zeros)
+        expected_obs, expected_rewards, expected_dones, _ = twin.step(zeros)
+        np.testing.assert_array_equal(obs[2:], expected_obs[2:])
+        np.testing.assert_array_equal(rewards[2:], expected_rewards[2:])
+        np.testing.assert_array_equal(dones[2:], expected_dones[2:])
+        if caught:
+            assert failed_at is None and "Worker 0 (envs 0 to 1)" in str(caught[0].message)
+            failed_at = t
+            for i in (0, 1):
+                assert dones[i] and rewards[i] == 0 and infos[i]["TimeLimit.truncated"] and infos[i]["worker_failed"]
+                assert infos[i]["chunk_length"] == 0 and "episode" not in infos[i]
+                np.testing.assert_array_equal(infos[i]["terminal_observation"], before[i])
+                assert not np.allclose(obs[i], before[i])
+        elif failed_at is not None and t < failed_at + 4:
+            assert dones.tolist() == [t == failed_at + 4] * 2 + expected_dones[2:].tolist()
+    assert failed_at == 2 and env.n_restarts == 1
+    env.close()
+    twin.close()
+
+
+def test_restarted_envs_play_other_episodes_than_before() -> None:
+    """A worker that fails again and again must not play the same first episode again and again."""
+    env = numbered(2, 2, on_failure="restart", fail="die")
+    env.seed(0)
+    first = [env.reset()[1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(7):
+            obs, _, _, infos = env.step(np.zeros((2, 3, 2), np.float32))
+            if "worker_failed" in infos[1]:
+                first.append(obs[1])
+    assert len(first) == 3 and len(np.unique(np.stack(first)[:, 0, 0])) == 3
+    env.close()
+
+
+def test_worker_that_fails_at_once_is_an_error_even_with_restart(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    alive.touch()
+
+    def make() -> gym.Env:
+        if not alive.exists():
+            raise OSError("the licence has expired")
+        return ActionChunkWrapper(Numbered(), 3, 2)
+
+    env = WorkerVecEnv([make], on_failure="restart")
+    env.reset()
+    alive.unlink()
+    os.kill(env.env_method("process")[0], signal.SIGKILL)
+    with pytest.warns(UserWarning, match="started again"), pytest.raises(WorkerError, match="the licence has expired"):
+        env.step(np.zeros((1, 3, 2), np.float32))
+    env.close()
+
+
+def test_learning_and_evaluation_go_on(tmp_path: Path) -> None:
+    """Lost episodes are not counted: they are played again."""
+    flow = tiny_flow(pred_horizon=3, act_horizon=3)
+    env = VecLatentSteering(numbered(4, 2, on_failure="restart", fail="die", marker=tmp_path / "1"), flow)
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, n_steps=8, batch_size=16, n_epochs=1))
+    with pytest.warns(UserWarning, match="started again"):
+        model.learn(64)
+    (tmp_path / "1").unlink()
+    with pytest.warns(UserWarning, match="started again"):
+        result = evaluate(model, env, 8)
+    assert result.episodes == 8 and result.mean_length == 12
+    (tmp_path / "1").unlink()
+    with pytest.warns(UserWarning, match="started again"):
+        rollouts = collect_rollouts("prior", env, 8)
+    assert len(rollouts) == 8 * 4 and rollouts.episode.tolist() == np.repeat(range(8), 4).tolist()
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        (dict(env_fns=[]), "needs at least one env"),
+        (dict(n_workers=0), "n_workers must be at least 1, found 0"),
+        (dict(on_failure="ignore"), "on_failure must be 'raise' or 'restart', found 'ignore'"),
+    ],
+)
+def test_refusals(kwargs: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        WorkerVecEnv(**(dict(env_fns=[lambda: ActionChunkWrapper(Numbered(), 3)]) | kwargs))
+
+
+SCRIPT = """
+import sys, time
+import numpy as np
+from tests.test_workers import numbered
+if __name__ == "__main__":
+    env = numbered(4, 2)
+    env.reset()
+    print(*set(env.env_method("process")), flush=True)
+    while True:
+        env.step(np.zeros((4, 3, 2), np.float32))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_main_process(how: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C in a terminal reaches the whole process group; SIGTERM and SIGKILL the main process alone."""
+    script = tmp_path / "endless.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parent.parent
+    main = subprocess.Popen(
+        [sys.executable, str(script)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert main.stdout is not None and main.stderr is not None
+    workers = [int(pid) for pid in main.stdout.readline().split()]
+    assert len(workers) == 2
+    time.sleep(0.5)
+    if how == signal.SIGINT:
+        os.killpg(main.pid, how)
+    else:
+        main.send_signal(how)
+    errors = main.communicate(timeout=30)[1]
+    assert main.returncode != 0
+    if how == signal.SIGINT:
+        assert "KeyboardInterrupt" in errors and "Worker" not in errors.replace("WorkerVecEnv", "")
+    deadline = time.time() + 15
+    while any(_runs(pid) for pid in workers) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -156,15 +156,15 @@ def bench_decode(args: Args, limit: float) -> list[dict[str, Any]]:
             cond, w = th.randn(batch, cond_dim, device=args.device), th.randn(batch, T, A, device=args.device)
             # at large batches the time per sample is flat: half the steps tell the ratio
             steps = N_STEPS if batch <= 256 else 2
-            timed = side_by_side(
-                {
-                    "plain": lambda c=cond, w=w, n=steps, f=flow: plain_decode(f.velocity, c, w, n),  # type: ignore[misc]
-                    "ours": lambda c=cond, w=w, n=steps, f=flow: f.decode(c, w, n),  # type: ignore[misc]
-                    "ours, 2 steps": lambda c=cond, w=w, f=flow: f.decode(c, w, 2),  # type: ignore[misc]
-                },
-                args.repeats,
-                args.device,
-            )
+            parts: dict[str, Callable[[], Any]] = {
+                "plain": lambda c=cond, w=w, n=steps, f=flow: plain_decode(f.velocity, c, w, n),  # type: ignore[misc]
+                "ours": lambda c=cond, w=w, n=steps, f=flow: f.decode(c, w, n),  # type: ignore[misc]
+                "ours, 2 steps": lambda c=cond, w=w, f=flow: f.decode(c, w, 2),  # type: ignore[misc]
+            }
+            if args.device != "cpu":
+                quick = unet_flow(cond_dim, args.device).accelerate(th.bfloat16, dict(mode="reduce-overhead"))
+                parts["compiled, bf16"] = lambda c=cond, w=w, n=steps, f=quick: f.decode(c, w, n)  # type: ignore[misc]
+            timed = side_by_side(parts, args.repeats, args.device)
             error = (plain_decode(flow.velocity, cond, w, steps) - flow.decode(cond, w, steps)).abs().max().item()
             per_step = timed["ours"] / steps
             rows.append(
@@ -180,6 +180,8 @@ def bench_decode(args: Args, limit: float) -> list[dict[str, Any]]:
                     "max_error": error,
                 }
             )
+            if "compiled, bf16" in timed:
+                rows[-1]["compiled_bf16_speedup"] = timed["plain"] / timed["compiled, bf16"]
             print({key: round(value, 7 if key == "max_error" else 2) for key, value in rows[-1].items()}, flush=True)
     return rows
 

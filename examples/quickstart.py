@@ -62,8 +62,8 @@ class Args:
     output: Path = Path("runs/quickstart")
     """Folder for the results."""
     n_envs: int = 8
-    """Simulator worker processes."""
-    total_iters: int = 1_000
+    """Simulated envs; worker processes share them, one a core."""
+    total_iters: int = 1_500
     """Stage 0: optimiser steps of the flow."""
     critic_iters: int = 300
     """Stage 0: optimiser steps of the critic."""

@@ -14,6 +14,7 @@ from sb3_dsrl.offline import demo_transitions, train_critic, train_flow
 from sb3_dsrl.policies import LatentPolicy
 from sb3_dsrl.pretrain import aw_mle_loss, pretrain_latent
 from sb3_dsrl.steering import NoiseSpace
+from sb3_dsrl.tickets import Ticket, find_ticket
 from sb3_dsrl.wrappers import ActionChunkWrapper, LatentSteeringWrapper, VecLatentSteering
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "NoiseSpace",
     "Rollouts",
     "StateEncoder",
+    "Ticket",
     "VecLatentSteering",
     "VelocityMLP",
     "VelocityUNet",
@@ -42,6 +44,7 @@ __all__ = [
     "collect_rollouts",
     "demo_transitions",
     "evaluate",
+    "find_ticket",
     "load_demos",
     "make_latent_env",
     "ppo_kwargs",

@@ -25,6 +25,8 @@ BLOCK_SIZE = 64
 
 #: Velocity at step i for noises (B, M, T, A), once the conditioning is fixed.
 Velocity = Callable[[th.Tensor, int], th.Tensor]
+#: From (velocity field, cond, w, num_steps) to chunks, as :func:`integrate`.
+Integrate = Callable[[VelocityNet, th.Tensor, th.Tensor, int], th.Tensor]
 
 
 def integrate(velocity: VelocityNet, cond: th.Tensor, w: th.Tensor, num_steps: int) -> th.Tensor:
@@ -44,6 +46,22 @@ def integrate(velocity: VelocityNet, cond: th.Tensor, w: th.Tensor, num_steps: i
     if not isinstance(velocity, VelocityUNet):
         return _walk(_plain(velocity, cond, num_steps), w, num_steps)
     return _unet(velocity, cond, w, num_steps)
+
+
+def accelerated(dtype: th.dtype | None, compile_kwargs: dict[str, Any] | None) -> Integrate:
+    """
+    The plain loop in lower precision and compiled, to take the place of :func:`integrate` on a GPU.
+
+    :param dtype: of the matrix products (autocast), such as ``torch.bfloat16``; None is float32
+    :param compile_kwargs: of ``torch.compile``; None compiles nothing
+    """
+
+    def run(velocity: VelocityNet, cond: th.Tensor, w: th.Tensor, num_steps: int) -> th.Tensor:
+        with th.autocast(w.device.type, dtype, enabled=dtype is not None):
+            return _walk(_plain(velocity, cond, num_steps), w, num_steps).float()
+
+    compiled = run if compile_kwargs is None else th.compile(run, **compile_kwargs)
+    return lambda *args: compiled(*args).clone()  # the next replay of a CUDA graph writes to the same memory
 
 
 def _walk(velocity: Velocity, x: th.Tensor, num_steps: int) -> th.Tensor:

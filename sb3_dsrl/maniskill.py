@@ -150,6 +150,7 @@ def make_latent_env(
     elif n_envs == 1 and worker is ProcessWorker:
         venv = DummyVecEnv([make])
     else:
+        # The fork server imports ManiSkill once; each worker then starts in a fraction of a second and shares its pages.
         multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill"])
         venv = WorkerVecEnv([make] * n_envs, n_workers, on_failure, worker)
     try:

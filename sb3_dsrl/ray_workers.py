@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,7 @@ class RayWorker(Worker):
     def __init__(self, env_fns: Sequence[EnvFn]) -> None:
         super().__init__(env_fns)
         _init()
-        no_gpu = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-        self._actor: Any = ray.remote(num_cpus=1, runtime_env=no_gpu)(EnvGroup).remote(list(env_fns))
+        self._actor: Any = ray.remote(num_cpus=1)(_Group).remote(list(env_fns))
         self._answer: Any = None
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -47,6 +47,12 @@ class RayWorker(Worker):
         """The CPUs of the whole cluster."""
         _init()
         return int(ray.cluster_resources().get("CPU", 1))
+
+
+class _Group(EnvGroup):
+    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        super().__init__(env_fns)
 
 
 def _init() -> None:

@@ -104,7 +104,7 @@ class ProcessWorker(Worker):
 
     def __init__(self, env_fns: Sequence[EnvFn]) -> None:
         super().__init__(env_fns)
-        # The fork server imports the package once; each worker then starts in a fraction of a second and shares its pages.
+        # forked from a server that holds no threads, locks or CUDA context of the main process
         context = multiprocessing.get_context("forkserver")
         self._pipe, remote = context.Pipe()
         self._process = context.Process(target=_serve, args=(remote, CloudpickleWrapper(list(env_fns))), daemon=True)

@@ -1,5 +1,7 @@
 """Settings and fixtures shared by all test files."""
 
+import multiprocessing
+
 import pytest
 import torch as th
 
@@ -7,6 +9,8 @@ from sb3_dsrl import FlowPolicy
 from tests.envs import tiny_flow
 
 th.set_num_threads(1)
+# Workers start in a moment if what they need has been imported once.
+multiprocessing.set_forkserver_preload(["pytest", "sb3_dsrl.maniskill", "sb3_dsrl.ray_workers", "tests.envs"])
 
 
 @pytest.fixture(scope="session")

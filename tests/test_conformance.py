@@ -140,8 +140,11 @@ def noises(n: int, n_envs: int, flow: FlowPolicy) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((n, n_envs, *flow.noise_shape)).astype(np.float32).clip(-4, 4)
 
 
-@pytest.mark.parametrize("act_horizon", [1, 3, 8])
-@pytest.mark.parametrize("chunk_kwargs", [dict(), dict(ignore_terminations=True, reward_scale=0.5)])
+@pytest.mark.parametrize(
+    ("act_horizon", "chunk_kwargs"),
+    [(1, {}), (3, {}), (8, {}), (3, dict(ignore_terminations=True, reward_scale=0.5))],
+    ids=str,
+)
 def test_transitions(form: str, act_horizon: int, chunk_kwargs: dict[str, Any]) -> None:
     flow = tiny_flow(pred_horizon=8, act_horizon=act_horizon, obs_horizon=3)
     env = FORMS[form](flow, SCRIPTS, gamma=GAMMA, **chunk_kwargs)

@@ -106,6 +106,21 @@ def test_decode_takes_several_noises_for_each_observation() -> None:
     th.testing.assert_close(flow.executed(chunks), chunks[:, :, :2])
 
 
+@th.no_grad()
+def test_accelerated_decode() -> None:
+    """Compiled (here by the backend that only traces) it is the same to 1e-5, in bfloat16 nearly the same."""
+    th.manual_seed(0)
+    flow = FlowPolicy(StateEncoder(3, 2), VelocityMLP(2, 4, 6, width=32), None, act_horizon=2, num_steps=3).freeze()
+    cond, w = th.randn(5, 6), th.randn(5, 4, 2)
+    expected, fingerprint = flow.decode(cond, w), flow.fingerprint()
+    compiled = flow.accelerate(compile_kwargs=dict(backend="eager")).decode(cond, w)
+    th.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-5)
+    rough = flow.accelerate(th.bfloat16).decode(cond, w)
+    assert rough.dtype == th.float32 and not th.equal(rough, expected)
+    th.testing.assert_close(rough, expected, atol=3e-2, rtol=0)
+    assert th.equal(flow.accelerate().decode(cond, w), expected) and flow.fingerprint() == fingerprint
+
+
 def test_critic_takes_several_chunks_for_each_observation() -> None:
     th.manual_seed(0)
     critic = EnsembleChunkCritic(6, 2, 3, n_heads=4, width=64)

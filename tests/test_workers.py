@@ -142,8 +142,7 @@ def test_unpicklable_answer_is_an_error_and_the_worker_lives_on() -> None:
     env.close()
 
 
-@pytest.mark.parametrize("worker", WORKERS)
-@pytest.mark.parametrize("fail", ["die", "raise"])
+@pytest.mark.parametrize(("worker", "fail"), [(ProcessWorker, "die"), (ProcessWorker, "raise"), (RayWorker, "die")])
 def test_restart(worker: type, fail: str, tmp_path: Path) -> None:
     """The worker's two episodes are truncated where they were; the other two envs notice nothing."""
     env = numbered(4, 2, worker, "restart", fail=fail, marker=tmp_path / "failed")

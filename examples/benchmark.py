@@ -515,7 +515,7 @@ def main(args: Args) -> None:
     if args.simulate:
         demos = load_demos(args.demo_path)
         kwargs = dict(velocity_class=VelocityMLP, obs_horizon=2, pred_horizon=4, act_horizon=4, num_steps=4)
-        flow = train_flow(demos, n_iterations=1_500, seed=0, progress_bar=True, **kwargs)  # type: ignore[arg-type]
+        flow = train_flow(demos, n_iterations=1_000, seed=0, progress_bar=True, **kwargs)  # type: ignore[arg-type]
         train_critic(flow, demo_transitions(flow, demos, ignore_terminations=True), n_iterations=300, progress_bar=True)
         report |= bench_simulation(args, flow) | bench_learning(args, flow) | bench_growth(args, flow)
         report["stage1_success"] = bench_success(args, flow, demos)

@@ -63,15 +63,15 @@ class Args:
     """Folder for the results."""
     n_envs: int = 8
     """Simulated envs; worker processes share them, one a core."""
-    total_iters: int = 1_500
+    total_iters: int = 1_000
     """Stage 0: optimiser steps of the flow."""
     critic_iters: int = 300
     """Stage 0: optimiser steps of the critic."""
     rollout_episodes: int = 256
     """Stage 1: episodes in each round of rollouts to learn from."""
-    rollout_rounds: int = 3
+    rollout_rounds: int = 1
     """Stage 1: rounds; the first one plays the unsteered flow."""
-    total_timesteps: int = 200_000
+    total_timesteps: int = 90_000
     """Stages 1 and 2: budget in env steps."""
     num_eval_episodes: int = 200
     """Episodes of each final evaluation."""
@@ -210,10 +210,10 @@ def main(args: Args) -> None:
     add_row("zero", "zero")
 
     # Stage 1: which noises went well? No gradient ever reaches the flow. The first round learns from the frozen flow
-    # itself, the next ones from what has been learned so far. Half the prior's std: good noises are not alone, and pi
-    # explores around them.
-    schedule = LinearSchedule(start=5e-4, end=0.0, end_fraction=1.0)
-    policy_kwargs = dict(prior_mix=0.1, log_std_init=float(np.log(0.5)))
+    # itself, further ones from what has been learned so far. Half the prior's std: pi explores around good noises, and
+    # hardly any of its noises still come from the prior itself.
+    schedule = LinearSchedule(start=3e-4, end=0.0, end_fraction=1.0)
+    policy_kwargs = dict(prior_mix=0.03, log_std_init=float(np.log(0.45)))
     settings = ppo_kwargs(env, learning_rate=schedule, policy_kwargs=policy_kwargs, seed=args.seed, tensorboard_log=str(log))
     model = PPO("LatentPolicy", env, **settings)
     stage1_steps = 0
@@ -228,7 +228,7 @@ def main(args: Args) -> None:
 
     # Stage 2: stock PPO
     macro_steps = (args.total_timesteps - stage1_steps) // flow.act_horizon
-    every = max(1, macro_steps // (model.n_steps * args.n_envs) // 6)
+    every = max(1, macro_steps // (model.n_steps * args.n_envs) // 4)
     curve = LearningCurve(eval_env, every, episodes=min(48, args.num_eval_episodes))
     model.learn(total_timesteps=macro_steps, callback=curve, progress_bar=True, tb_log_name="stage2")
     curve.measure()

@@ -75,7 +75,7 @@ class Args:
     """Stages 1 and 2: budget in env steps."""
     num_eval_episodes: int = 200
     """Episodes of each final evaluation."""
-    video_episodes: int = 4
+    video_episodes: int = 2
     """Episodes in before.mp4 and after.mp4."""
 
 

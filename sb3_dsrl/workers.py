@@ -169,7 +169,9 @@ def _serve(pipe: Connection, env_fns: CloudpickleWrapper) -> None:
                 group = EnvGroup(env_fns.var)
             answer = (call, True, getattr(group, method)(*args, **kwargs))
         except BaseException as exception:
-            answer = (call, False, (traceback.format_exc(), exception))
+            # an exception of some other class might not survive the way
+            builtin = exception if type(exception).__module__ == "builtins" else None
+            answer = (call, False, (traceback.format_exc(), builtin))
         try:
             pipe.send(answer)
         except (BrokenPipeError, ConnectionError):

@@ -82,3 +82,16 @@ def test_quickstart(tmp_path: Path) -> None:
         "flow/model.safetensors",
     ):
         assert (tmp_path / name).stat().st_size > 1000 or name == "flow/config.json"
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    """The parts without a simulator; the figures of so few repeats mean nothing, but both codes compute the same."""
+    flags = ("--batches", 1, 8, "--stage1-batch", 4, "--repeats", 1, "--no-simulate", "--output", tmp_path)
+    done = run("benchmark.py", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    for key in ("decode_speedup", "decode_2step_speedup"):
+        assert [list(report[key][c]) for c in ("64", "562")] == [["1", "8"]] * 2
+    assert all(row["max_error"] < 1e-5 for row in report["decode"]) and report["max_score_error"] < 1e-4
+    assert all(report[key] > 0 for key in ("stage1_iteration_speedup", "stage1_iteration_2step_speedup", "stage1_30k_speedup"))
+    assert "decode_speedup" in done.stdout

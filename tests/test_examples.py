@@ -1,6 +1,7 @@
 """Every example script, run as a user runs it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script: str, *flags: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(EXAMPLES / script), *map(str, flags)], capture_output=True, text=True)
+    # one thread: on a busy machine torch's threads would wait for each other
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(EXAMPLES / script), *map(str, flags)], capture_output=True, text=True, env=env)
 
 
 @pytest.mark.parametrize("control_mode", ["pd_joint_delta_pos", "pd_ee_delta_pose"])

@@ -344,7 +344,6 @@ class Split(BaseCallback):
     def __init__(self) -> None:
         super().__init__()
         self.seconds = {"simulation": 0.0, "decode": 0.0, "update": 0.0}
-        self._rollout_ended = 0.0
 
     def watch(self, env: VecLatentSteering, model: PPO) -> None:
         """Times the parts of an env and a model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -177,7 +177,7 @@ class BatchedChunkEnv(VecEnv):
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """An attribute of this env or of the simulator, the same for each index."""
         value = getattr(self, attr_name) if hasattr(self, attr_name) else self.env.get_wrapper_attr(attr_name)
-        return [value for _ in self._indices(indices)]
+        return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
@@ -205,13 +205,10 @@ class BatchedChunkEnv(VecEnv):
         layer: Any = self.env
         while isinstance(layer, gym.Wrapper) and not isinstance(layer, wrapper_class):
             layer = layer.env
-        return [isinstance(layer, wrapper_class) for _ in self._indices(indices)]
-
-    def _indices(self, indices: VecEnvIndices) -> Iterable[int]:
-        return self._get_indices(indices)
+        return [isinstance(layer, wrapper_class) for _ in self._get_indices(indices)]
 
     def _all_or_none(self, what: str, indices: VecEnvIndices) -> None:
-        if len(set(self._indices(indices))) != self.num_envs:
+        if len(set(self._get_indices(indices))) != self.num_envs:
             raise ValueError(f"{what} was asked for envs {indices}, but the envs of a batched simulator are one object")
 
 

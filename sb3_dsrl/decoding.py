@@ -39,13 +39,12 @@ def integrate(velocity: VelocityNet, cond: th.Tensor, w: th.Tensor, num_steps: i
     :param num_steps: n; the step size is 1 / n
     :return: (B, M, T, A)
     """
-    if th.is_grad_enabled():
-        return _walk(_plain(velocity, cond, num_steps), w, num_steps)
-    if isinstance(velocity, VelocityMLP):
-        return _walk(_mlp(velocity, cond, num_steps), w, num_steps)
-    if not isinstance(velocity, VelocityUNet):
-        return _walk(_plain(velocity, cond, num_steps), w, num_steps)
-    return _unet(velocity, cond, w, num_steps)
+    if not th.is_grad_enabled():
+        if isinstance(velocity, VelocityUNet):
+            return _unet(velocity, cond, w, num_steps)
+        if isinstance(velocity, VelocityMLP):
+            return _walk(_mlp(velocity, cond, num_steps), w, num_steps)
+    return _walk(_plain(velocity, cond, num_steps), w, num_steps)
 
 
 def accelerated(dtype: th.dtype | None, compile_kwargs: dict[str, Any] | None) -> Integrate:

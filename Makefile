@@ -23,7 +23,7 @@ bench: setup
 	$(PY) examples/benchmark.py
 
 test: setup
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n logical --dist loadfile
 
 check: setup
 	$(PY) -m ruff check .

@@ -29,6 +29,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from torch.nn import functional as F
 
 from sb3_dsrl import (
+    ActionChunkWrapper,
     FlowPolicy,
     LatentPolicy,
     VecLatentSteering,
@@ -271,21 +272,61 @@ def bench_stage1(args: Args) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------- simulation
 
 
-def raw_env(env_id: str, control_mode: str) -> gym.Env:
+def raw_env(env_id: str, control_mode: str, obs_mode: str = "state") -> gym.Env:
     """A ManiSkill env as a user would make it for SB3."""
     import mani_skill.envs  # noqa: F401  registers the envs
-    from mani_skill.utils.wrappers import CPUGymWrapper
+    from mani_skill.utils.wrappers import CPUGymWrapper, FlattenRGBDObservationWrapper
 
     th.set_num_threads(1)
     env = gym.make(
         env_id,
-        obs_mode="state",
+        obs_mode=obs_mode,
         control_mode=control_mode,
         reward_mode="normalized_dense",
         sim_backend="physx_cpu",
-        render_backend="none",
+        render_backend="none" if obs_mode == "state" else "cpu",
     )
-    return CPUGymWrapper(env)
+    return CPUGymWrapper(env if obs_mode == "state" else FlattenRGBDObservationWrapper(env))
+
+
+def raw_rate(env_id: str, control_mode: str, start: float, seconds: float = 5.0) -> float:
+    """Env steps per second of a process that never waits for another one."""
+    env = raw_env(env_id, control_mode)
+    env.reset(seed=0)
+    action = env.action_space.sample()
+    while time.time() < start:
+        env.step(action)
+    steps = 0
+    while time.time() < start + seconds:
+        env.step(action)
+        steps += 1
+    return steps / seconds
+
+
+def raw_ceiling(args: Args, flow: FlowPolicy) -> float:
+    """What all cores together simulate when nothing connects them."""
+    cores = len(os.sched_getaffinity(0))
+    with multiprocessing.get_context("forkserver").Pool(cores) as pool:
+        return sum(pool.starmap(raw_rate, [(args.env_id, flow.control_mode, time.time() + 15.0)] * cores))
+
+
+def bench_images(args: Args, flow: FlowPolicy, act_horizon: int = 8) -> dict[str, Any]:
+    """A chunk env with images, which renders what is seen, against the same env with every frame rendered."""
+    assert flow.control_mode is not None
+    every = raw_env(args.env_id, flow.control_mode, "rgb")
+    bare = gym.make(args.env_id, obs_mode="rgb", control_mode=flow.control_mode, sim_backend="physx_cpu", render_backend="cpu")
+    seen = ActionChunkWrapper(bare, act_horizon, ignore_terminations=True)
+    chunk = np.zeros((act_horizon, flow.action_dim), np.float32)
+    every.reset(seed=0)
+    seen.reset(seed=0)
+    parts: dict[str, Callable[[], Any]] = {
+        "every": lambda: [every.step(action) for _ in range(5) for action in chunk],
+        "seen": lambda: [seen.step(chunk) for _ in range(5)],
+    }
+    timed = side_by_side(parts, args.repeats)
+    every.close()
+    seen.close()
+    return {"image_speedup": timed["every"] / timed["seen"]}
 
 
 def stock_workers(args: Args, flow: FlowPolicy, n_envs: int) -> VecEnv:
@@ -526,7 +567,11 @@ def main(args: Args) -> None:
         kwargs = dict(velocity_class=VelocityMLP, obs_horizon=2, pred_horizon=4, act_horizon=4, num_steps=4)
         flow = train_flow(demos, n_iterations=1_000, seed=0, progress_bar=True, **kwargs)  # type: ignore[arg-type]
         train_critic(flow, demo_transitions(flow, demos, ignore_terminations=True), n_iterations=300, progress_bar=True)
+        th.set_num_threads(1)  # as in the quickstart: the other cores are for the simulators
         report |= bench_simulation(args, flow) | bench_learning(args, flow) | bench_growth(args, flow)
+        report["raw_ceiling"] = raw_ceiling(args, flow)
+        report |= bench_images(args, flow)
+        th.set_num_threads(report["threads"])
         report["stage1_success"] = bench_success(args, flow, demos)
         if args.cuda_envs:
             report |= bench_cuda(args, flow.to(args.device))
@@ -541,6 +586,8 @@ def main(args: Args) -> None:
             {"envs": n, **report["env_steps_per_second"][n], "env_ratio": ratio} for n, ratio in report["env_ratio"].items()
         ]
         table("env steps per second: latent env, and stock SubprocVecEnv with raw envs", rows)
+        print(f"cores that step raw envs and never wait for each other: {report['raw_ceiling']:.0f} env steps/s")
+        print(f"128 x 128 images, H = 8, one env: {report['image_speedup']:.1f} times the rate of rendering every step")
         print(f"8 envs in one worker a core over 8 envs in one worker: {report['cores_gain']:.2f}")
         table("wall time of learning, quickstart's flow", [report["split"]])
         table("us per env step beside the physics, batched envs", [report["us_per_env_step"]])

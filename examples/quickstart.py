@@ -11,24 +11,16 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import gymnasium as gym
-import imageio
 import matplotlib
 import numpy as np
 import torch as th
 import tyro
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule, set_random_seed
-from tqdm import tqdm
 
 from sb3_dsrl import (
     EvalResult,
-    FlowPolicy,
-    LatentSteeringWrapper,
-    VecLatentSteering,
     VelocityMLP,
     collect_rollouts,
     demo_transitions,
@@ -41,7 +33,9 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
-from sb3_dsrl.evaluation import play
+from sb3_dsrl.callbacks import SuccessEvalCallback
+from sb3_dsrl.evaluation import Player
+from sb3_dsrl.video import record_video
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -79,74 +73,10 @@ class Args:
     """Episodes in before.mp4 and after.mp4."""
 
 
-class LearningCurve(BaseCallback):
-    """Evaluates the deterministic and the stochastic policy every so many rollouts."""
-
-    def __init__(self, env: VecLatentSteering, every: int, episodes: int) -> None:
-        super().__init__()
-        self.env, self.every, self.episodes = env, every, episodes
-        self.rollouts, self.env_steps = 0, 0
-        self.points: list[tuple[int, EvalResult, EvalResult]] = []
-
-    def _on_training_start(self) -> None:
-        self.measure()
-
-    def _on_step(self) -> bool:
-        self.env_steps += sum(info["chunk_length"] for info in self.locals["infos"])
-        return True
-
-    def _on_rollout_end(self) -> None:
-        self.rollouts += 1
-        if self.rollouts % self.every == 0:  # before the update that this rollout leads to
-            self.measure()
-
-    def measure(self) -> None:
-        results = [
-            evaluate(self.model, self.env, self.episodes, seed=EVAL_SEED + 10_000, deterministic=deterministic)
-            for deterministic in (True, False)
-        ]
-        self.points.append((self.env_steps, results[0], results[1]))
-
-
-class Film(gym.Wrapper):
-    """Keeps a frame of every env step, also of those inside a chunk."""
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self.frames: list[Any] = []
-
-    def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """One env step and its picture."""
-        result = self.env.step(action)
-        self.frames.append(np.array(self.env.render())[0])
-        return result
-
-
-def record_video(path: Path, args: Args, flow: FlowPolicy, player: PPO | str) -> None:
-    """Films the same episodes for any player, one after the other."""
-    film = Film(
-        gym.make(
-            args.env_id,
-            obs_mode=flow.obs_mode,
-            control_mode=flow.control_mode,
-            sim_backend="physx_cpu",
-            render_backend="cpu",
-            render_mode="rgb_array",
-            human_render_camera_configs=dict(width=256, height=256),
-        )
-    )
-    env = LatentSteeringWrapper(film, flow, ignore_terminations=True)
-    for episode in tqdm(range(args.video_episodes), desc=path.name):
-        for _ in play(player, env, episodes=1, seed=EVAL_SEED + episode):
-            pass
-    env.close()
-    imageio.mimsave(path, film.frames, fps=20)
-
-
-def plot(path: Path, args: Args, curve: LearningCurve, rows: dict[str, EvalResult]) -> None:
+def plot(path: Path, args: Args, curve: SuccessEvalCallback, rows: dict[str, EvalResult]) -> None:
     """Success against env steps with 95% intervals; the controls as lines."""
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    steps, means, samples = zip(*curve.points, strict=True)
+    steps, means, samples = zip(*curve.history, strict=True)
     for results, label, colour in (
         (means, "stages 1 + 2, mean of pi", "tab:blue"),
         (samples, "stages 1 + 2, sampled", "tab:orange"),
@@ -157,7 +87,7 @@ def plot(path: Path, args: Args, curve: LearningCurve, rows: dict[str, EvalResul
         row = rows[name]
         axes.axhline(row.success_at_end, color="0.3", ls=style, lw=1.2, label=label)
     axes.axhspan(rows["prior"].ci_low, rows["prior"].ci_high, color="0.3", alpha=0.1, lw=0)
-    axes.set(xlabel="env steps of stage 2", ylabel="success at the end of the episode", ylim=(-0.02, 1.02))
+    axes.set(xlabel="env steps, those of stage 1 included", ylabel="success at the end of the episode", ylim=(-0.02, 1.02))
     axes.set_title(f"{args.env_id}, seed {args.seed}", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
@@ -218,8 +148,9 @@ def main(args: Args) -> None:
     model = PPO("LatentPolicy", env, **settings)
     stage1_steps = 0
     for i in range(args.rollout_rounds):
-        player = flow if i == 0 else model
-        rollouts = collect_rollouts(player, env, args.rollout_episodes, seed=args.seed + 1_000 * i, progress_bar=True)
+        rollouts = collect_rollouts(
+            flow if i == 0 else model, env, args.rollout_episodes, seed=args.seed + 1_000 * i, progress_bar=True
+        )
         pretrain_latent(model, rollouts=rollouts, tensorboard_log=log / f"stage1_{i}", progress_bar=True)
         stage1_steps += rollouts.env_steps
     model.policy.save(str(args.output / "stage1.pt"))
@@ -228,10 +159,14 @@ def main(args: Args) -> None:
 
     # Stage 2: stock PPO
     macro_steps = (args.total_timesteps - stage1_steps) // flow.act_horizon
-    every = max(1, macro_steps // (model.n_steps * args.n_envs) // 4)
-    curve = LearningCurve(eval_env, every, episodes=min(48, args.num_eval_episodes))
+    curve = SuccessEvalCallback(
+        eval_env,
+        eval_freq=macro_steps * flow.act_horizon // 4,
+        n_eval_episodes=min(48, args.num_eval_episodes),
+        stochastic=True,
+        env_steps=stage1_steps,
+    )
     model.learn(total_timesteps=macro_steps, callback=curve, progress_bar=True, tb_log_name="stage2")
-    curve.measure()
     model.save(args.output / "model.zip")
     add_row("stage2", model)
     add_row("stage2_stochastic", model, deterministic=False)
@@ -241,14 +176,15 @@ def main(args: Args) -> None:
     report = {
         "env_id": args.env_id,
         "seed": args.seed,
-        "env_steps": stage1_steps + curve.env_steps,
+        "env_steps": curve.env_steps,
         "wall_seconds": round(time.time() - start, 1),
         "rows": [row.as_row() for row in rows.values()],
     }
     (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(args.output / "report.png", args, curve, rows)
-    record_video(args.output / "before.mp4", args, flow, "prior")
-    record_video(args.output / "after.mp4", args, flow, model)
+    players: dict[str, Player] = {"before.mp4": "prior", "after.mp4": model}
+    for name, player in players.items():
+        record_video(args.output / name, args.env_id, flow, player, args.video_episodes, seed=EVAL_SEED, progress_bar=True)
 
     print(f"\n{args.env_id}, seed {args.seed}: {report['env_steps']:,} env steps, {time.time() - start:.0f} s in all\n")
     print(results_table(list(rows.values())))

@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING, Any
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
+from sb3_dsrl.callbacks import SuccessEvalCallback
 from sb3_dsrl.defaults import ppo_kwargs
 from sb3_dsrl.demos import load_demos
+from sb3_dsrl.encoders import ImageEncoder, StateEncoder
 from sb3_dsrl.evaluation import EvalResult, Rollouts, collect_rollouts, evaluate, results_table
+from sb3_dsrl.features import demo_transitions
 from sb3_dsrl.flow import FlowPolicy
-from sb3_dsrl.networks import EnsembleChunkCritic, StateEncoder, VelocityMLP, VelocityUNet
-from sb3_dsrl.offline import demo_transitions, train_critic, train_flow
+from sb3_dsrl.legacy import load_awsc_checkpoint
+from sb3_dsrl.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
+from sb3_dsrl.noise_policy import NoisePolicy
+from sb3_dsrl.offline import train_critic, train_flow
 from sb3_dsrl.policies import LatentPolicy
 from sb3_dsrl.pretrain import aw_mle_loss, pretrain_latent
 from sb3_dsrl.steering import NoiseSpace
@@ -30,11 +35,14 @@ __all__ = [
     "EnsembleChunkCritic",
     "EvalResult",
     "FlowPolicy",
+    "ImageEncoder",
     "LatentPolicy",
     "LatentSteeringWrapper",
+    "NoisePolicy",
     "NoiseSpace",
     "Rollouts",
     "StateEncoder",
+    "SuccessEvalCallback",
     "Ticket",
     "VecLatentSteering",
     "VelocityMLP",
@@ -45,6 +53,7 @@ __all__ = [
     "demo_transitions",
     "evaluate",
     "find_ticket",
+    "load_awsc_checkpoint",
     "load_demos",
     "make_latent_env",
     "ppo_kwargs",

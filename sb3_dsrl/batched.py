@@ -12,7 +12,8 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
-from sb3_dsrl.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, map_frames, stacked_space
+from sb3_dsrl.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
+from sb3_dsrl.observations import map_frames
 
 
 class BatchedChunkEnv(VecEnv):
@@ -64,6 +65,7 @@ class BatchedChunkEnv(VecEnv):
             base.num_envs, stacked_space(base.single_observation_space, obs_horizon), chunk_space(single, act_horizon)
         )
         self._scale = ActionScaler(single, lambda bound: th.as_tensor(bound, device=self.device))
+        self._set_rendering = render_switch(env)
         self._rng = np.random.default_rng()
         self._frames: Any = None
         self._chunks = th.zeros(self.num_envs, *self.action_space.shape, device=self.device)  # type: ignore[misc]
@@ -108,6 +110,8 @@ class BatchedChunkEnv(VecEnv):
         for i in range(self.act_horizon):
             if i and self.device.type == "cpu" and not alive.any():  # on a GPU the question would cost more than the answer
                 break
+            # without terminations the policy sees the last frames of a chunk only
+            self._set_rendering(not self.ignore_terminations or i >= self.act_horizon - self.obs_horizon)
             step: Any = self.env.step(actions[:, i] * alive[:, None])
             obs, reward, ended, timed_out, info = step
             reward = reward.float() * alive

@@ -1,13 +1,12 @@
-"""What the chunk envs, single and batched, have in common: how frames are stacked, actions scaled and episodes summed up."""
+"""What the chunk envs, single and batched, have in common: their spaces, how actions are scaled and episodes summed up."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 
 
@@ -22,18 +21,6 @@ def check_chunking(act_horizon: int, obs_horizon: int, gamma: float) -> None:
         raise ValueError(f"act_horizon and obs_horizon must be at least 1, found {act_horizon} and {obs_horizon}")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
-
-
-def map_frames(fn: Callable[..., Any], *frames: Any) -> Any:
-    """
-    Applies a function to observations: to themselves, or to each entry if they are dicts.
-
-    :param fn: takes one array of each observation
-    :param frames: observations of the same structure
-    """
-    if isinstance(frames[0], dict):
-        return {key: fn(*(frame[key] for frame in frames)) for key in frames[0]}
-    return fn(*frames)
 
 
 def stacked_space(space: spaces.Space, obs_horizon: int) -> spaces.Space:
@@ -107,13 +94,13 @@ def episode_summary(
     return summary
 
 
-def stack_frames(frames: Sequence[Any]) -> Any:
+def render_switch(env: Any) -> Callable[[bool], None]:
     """
-    :param frames: observations, oldest first, each an array or a dict of arrays
-    :return: the same with a leading axis of ``len(frames)``
+    How a chunk env says whether the frame of the next env step will be seen, so that it need not be rendered otherwise.
+
+    :param env: if any of its wrappers has a method ``set_rendering``, that is the switch; else there is nothing to switch
     """
-
-    def stack(*arrays: Any) -> Any:
-        return th.stack(arrays) if isinstance(arrays[0], th.Tensor) else np.stack(arrays)
-
-    return map_frames(stack, *frames)
+    try:
+        return env.get_wrapper_attr("set_rendering")
+    except AttributeError:
+        return lambda rendering: None

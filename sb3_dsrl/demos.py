@@ -1,14 +1,16 @@
 """ManiSkill trajectory files -> windows for the flow and chunk transitions for the critic.
 
 A demo file is what ``mani_skill.trajectory.replay_trajectory`` and ``RecordEpisode`` write: an ``.h5`` with one group per
-episode and a ``.json`` of the same name beside it. Nothing here imports ManiSkill.
+episode and a ``.json`` of the same name beside it. Images stay in the file until they are needed. Nothing here imports
+ManiSkill.
 
-Letters in shapes: ``n`` samples, ``L`` env steps of an episode, ``D`` dimensions of one observation, ``T`` = pred_horizon,
-``H`` = act_horizon, ``A`` action dim.
+Letters in shapes: ``n`` samples, ``L`` env steps of an episode, ``D`` dimensions of the state part of one observation,
+``T`` = pred_horizon, ``H`` = act_horizon, ``A`` action dim.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -18,17 +20,49 @@ from typing import Any
 import h5py
 import numpy as np
 
+from sb3_dsrl.observations import map_frames
+
+
+@dataclass
+class StoredImages:
+    """
+    The images of one episode, in the file. They are laid out as ManiSkill's ``FlattenRGBDObservationWrapper`` does it.
+
+    :param path: the ``.h5`` file
+    :param cameras: for ``rgb`` and ``depth`` the names of their datasets, one a camera, in the order of the env
+    :param shapes: (height, width, channels), all cameras together
+    """
+
+    path: Path
+    cameras: dict[str, list[str]]
+    shapes: dict[str, tuple[int, int, int]]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """
+        :return: for each key (L + 1, height, width, channels)
+        :raises ValueError: if the file is damaged
+        """
+        try:
+            with h5py.File(self.path, "r") as file:
+                return {
+                    key: np.concatenate([np.asarray(file[name]) for name in names], axis=-1)
+                    for key, names in self.cameras.items()
+                }
+        except (OSError, KeyError) as error:
+            raise ValueError(f"{self.path} cannot be read any more; it is damaged or was replaced ({error})") from error
+
 
 @dataclass
 class Episode:
     """
     One episode, in env steps.
 
-    :param obs: (L + 1, D)
+    :param obs: the state part of the observations, (L + 1, D)
     :param actions: (L, A), in [-1, 1]
     :param rewards: (L,), or None if the file holds none
     :param terminated: (L,)
     :param success: (L,), or None if the file holds none
+    :param images: None if the observations hold none
     """
 
     obs: np.ndarray
@@ -36,9 +70,20 @@ class Episode:
     rewards: np.ndarray | None
     terminated: np.ndarray
     success: np.ndarray | None
+    images: StoredImages | None = None
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    def read_obs(self) -> Any:
+        """
+        All observations, with images read from the file.
+
+        :return: (L + 1, D), or a dict of ``state`` and images, each with L + 1 rows
+        """
+        if self.images is None:
+            return self.obs
+        return ({"state": self.obs} if self.obs.shape[1] else {}) | self.images.read()
 
 
 @dataclass
@@ -67,6 +112,19 @@ class Demos:
         return self.episodes[0].obs.shape[-1]
 
     @property
+    def image_shapes(self) -> dict[str, tuple[int, int, int]] | None:
+        """(height, width, channels) of ``rgb`` and ``depth``, or None if there are no images."""
+        images = self.episodes[0].images
+        return None if images is None else images.shapes
+
+    @property
+    def obs_shapes(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+        """Shape of one frame, or of each entry of a dict observation."""
+        if self.image_shapes is None:
+            return (self.obs_dim,)
+        return {**({"state": (self.obs_dim,)} if self.obs_dim else {}), **self.image_shapes}
+
+    @property
     def action_dim(self) -> int:
         """A."""
         return self.episodes[0].actions.shape[-1]
@@ -77,7 +135,7 @@ class Demos:
         return sum(len(episode) for episode in self.episodes)
 
     def frames(self) -> np.ndarray:
-        """All observations, (n, D)."""
+        """The state part of all observations, (n, D)."""
         return np.concatenate([episode.obs for episode in self.episodes])
 
 
@@ -149,6 +207,9 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
             raise ValueError(
                 f"{path}: {attribute} have {sorted(sizes)} dimensions in different episodes; expected one {letter}"
             )
+    shapes = {repr(episode.images and episode.images.shapes) for episode in episodes}
+    if len(shapes) > 1:
+        raise ValueError(f"{path}: images differ in shape between episodes ({' and '.join(sorted(shapes))})")
     return Demos(
         path=path,
         episodes=episodes,
@@ -177,11 +238,8 @@ def _read_episode(path: Path, name: str, group: h5py.Group) -> Episode:
     for key in ("obs", "actions"):
         if key not in group:
             raise ValueError(f"{where} has no {key!r}: replay the file with `--obs-mode state` so that it holds observations")
-    if isinstance(group["obs"], h5py.Group):
-        raise ValueError(
-            f"{where}/obs is a group with keys {sorted(group['obs'])}; expected flat observations (obs_mode='state')"
-        )
-    obs, actions = group["obs"][()].astype(np.float32), group["actions"][()].astype(np.float32)
+    obs, images = _read_obs(path, where, group["obs"])
+    actions = group["actions"][()].astype(np.float32)
     length = len(actions)
     if length == 0:
         raise ValueError(f"{where} has no steps")
@@ -208,43 +266,100 @@ def _read_episode(path: Path, name: str, group: h5py.Group) -> Episode:
         rewards=None if series["rewards"] is None else series["rewards"].astype(np.float32),
         terminated=np.zeros(length, bool) if terminated is None else terminated.astype(bool),
         success=None if series["success"] is None else series["success"].astype(bool),
+        images=images,
     )
 
 
-def stack_frames(obs: np.ndarray, obs_horizon: int) -> np.ndarray:
+def _read_obs(path: Path, where: str, obs: h5py.Group | h5py.Dataset) -> tuple[np.ndarray, StoredImages | None]:
+    """The state part, (L + 1, D), and where the images are. Nested groups are flattened as ManiSkill does it."""
+    if isinstance(obs, h5py.Dataset):
+        return obs[()].astype(np.float32), None
+    cameras = obs["sensor_data"].values() if "sensor_data" in obs else [obs]
+    datasets = {key: [camera[key] for camera in cameras if key in camera] for key in ("rgb", "depth")}
+    datasets = {key: found for key, found in datasets.items() if found}
+    if not datasets:
+        raise ValueError(
+            f"{where}/obs is a group with keys {sorted(obs)}; expected flat observations (obs_mode='state'), or images "
+            f"(obs_mode='rgb' or 'rgbd')"
+        )
+    parts = [part for key, item in obs.items() if key not in _IMAGE_KEYS for part in _leaves(where, item)]
+    rows = {len(part) for part in [*parts, *itertools.chain(*datasets.values())]}
+    shapes = {key: {dataset.shape[1:-1] for dataset in found} for key, found in datasets.items()}
+    if len(rows) != 1 or any(len(sizes) != 1 for sizes in shapes.values()):
+        raise ValueError(f"{where}/obs mixes lengths {sorted(rows)} or image sizes {shapes}; expected one of each")
+    if datasets.get("rgb") and any(dataset.dtype != np.uint8 for dataset in datasets["rgb"]):
+        raise ValueError(f"{where}/obs holds rgb images of type {datasets['rgb'][0].dtype}, expected uint8")
+    images = StoredImages(
+        path,
+        {key: [dataset.name for dataset in found] for key, found in datasets.items()},
+        {key: (*found[0].shape[1:-1], sum(dataset.shape[-1] for dataset in found)) for key, found in datasets.items()},
+    )
+    state = [part[()].reshape(len(part), -1).astype(np.float32) for part in parts]
+    return np.concatenate(state, axis=1) if state else np.zeros((rows.pop(), 0), np.float32), images
+
+
+_IMAGE_KEYS = ("rgb", "depth", "sensor_data", "sensor_param")
+
+
+def _leaves(where: str, item: h5py.Group | h5py.Dataset) -> list[h5py.Dataset]:
+    """The datasets below, in the order in which they were written: that is the order in which an env flattens them."""
+    if isinstance(item, h5py.Dataset):
+        return [item]
+    if len(item) > 1 and not item.id.get_create_plist().get_link_creation_order():
+        raise ValueError(
+            f"{where}: the group {item.name} does not keep the order in which {sorted(item)} were written, so that their "
+            f"order in the env is unknown; record the demos with ManiSkill 3"
+        )
+    return [leaf for child in item.values() for leaf in _leaves(where, child)]
+
+
+def frame_history(obs: Any, obs_horizon: int) -> Any:
     """
     Stacks each observation of an episode with those before it; the first one stands in for what came before the reset.
 
-    :param obs: (L + 1, D)
+    :param obs: (L + 1, ...), or a dict of such
     :param obs_horizon: frames
-    :return: (L + 1, obs_horizon, D), oldest first
+    :return: (L + 1, obs_horizon, ...), oldest first, or a dict of such
     """
-    steps = np.arange(len(obs))[:, None] + np.arange(1 - obs_horizon, 1)
-    return obs[steps.clip(min=0)]
+
+    def stack(x: np.ndarray) -> np.ndarray:
+        steps = np.arange(len(x))[:, None] + np.arange(1 - obs_horizon, 1)
+        return x[steps.clip(min=0)]
+
+    return map_frames(stack, obs)
+
+
+def chunks_from_now(episode: Episode, control_mode: str, pred_horizon: int) -> np.ndarray:
+    """
+    At every step of an episode the T actions from now on.
+
+    Past the end of the episode the chunk is filled as ManiSkill's diffusion-policy baseline does: delta controllers stand
+    still and keep their gripper (the last dimension), others repeat the last action.
+
+    :param episode: the episode
+    :param control_mode: ManiSkill controller of its actions
+    :param pred_horizon: T
+    :return: (L, T, A)
+    """
+    filler = episode.actions[-1].copy()
+    if "delta" in control_mode:
+        filler[:-1] = 0.0
+    padded = np.concatenate([episode.actions, np.tile(filler, (pred_horizon - 1, 1))])
+    return padded[np.arange(len(episode))[:, None] + np.arange(pred_horizon)]
 
 
 def action_windows(demos: Demos, obs_horizon: int, pred_horizon: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Training pairs of the flow: at every step of every episode, the frames seen and the T actions from now on.
-
-    Past the end of an episode the chunk is filled as ManiSkill's diffusion-policy baseline does: delta controllers stand still
-    and keep their gripper (the last dimension), others repeat the last action.
+    Training pairs of the flow: at every step of every episode, the frames seen (state part) and :func:`chunks_from_now`.
 
     :param demos: the demos
     :param obs_horizon: frames
     :param pred_horizon: T
     :return: observations (n, obs_horizon, D) and actions (n, T, A)
     """
-    all_obs, all_actions = [], []
-    for episode in demos.episodes:
-        filler = episode.actions[-1].copy()
-        if "delta" in demos.control_mode:
-            filler[:-1] = 0.0
-        padded = np.concatenate([episode.actions, np.tile(filler, (pred_horizon - 1, 1))])
-        steps = np.arange(len(episode))
-        all_actions.append(padded[steps[:, None] + np.arange(pred_horizon)])
-        all_obs.append(stack_frames(episode.obs, obs_horizon)[steps])
-    return np.concatenate(all_obs), np.concatenate(all_actions)
+    obs = [frame_history(episode.obs, obs_horizon)[:-1] for episode in demos.episodes]
+    chunks = [chunks_from_now(episode, demos.control_mode, pred_horizon) for episode in demos.episodes]
+    return np.concatenate(obs), np.concatenate(chunks)
 
 
 def chunk_transitions(
@@ -286,7 +401,7 @@ def chunk_transitions(
         inside = steps < length
         steps = np.minimum(steps, length - 1)
         powers = gamma ** np.arange(act_horizon)
-        frames = stack_frames(episode.obs, obs_horizon)
+        frames = frame_history(episode.obs, obs_horizon)
         parts.append(
             (
                 frames[start],

@@ -14,8 +14,8 @@ from scipy.stats import binomtest
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 from tqdm import tqdm
 
-from sb3_dsrl.flow import FlowPolicy
-from sb3_dsrl.offline import FeatureTransitions
+from sb3_dsrl.features import FeatureTransitions
+from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.wrappers import find_steering
 
 
@@ -27,7 +27,7 @@ class Predictor(Protocol):
 
 
 #: A model, a policy, a frozen flow (its prior), the name of a control ("prior", "zero") or one fixed noise (T, A).
-Player = Predictor | FlowPolicy | str | np.ndarray
+Player = Predictor | NoisePolicy | str | np.ndarray
 
 
 @dataclass
@@ -184,7 +184,7 @@ def evaluate(
     Let the env ignore terminations, so that ``success_at_end`` is judged at the time limit. Report deterministic and
     stochastic play: they can differ widely.
 
-    :param player: a model or policy, a :class:`FlowPolicy` or "prior" (w ~ N(0, I)), "zero" (w = 0), or a fixed noise (T, A)
+    :param player: a model or policy, a :class:`NoisePolicy` or "prior" (w ~ N(0, I)), "zero" (w = 0), or a fixed noise (T, A)
     :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
     :param name: of the result; None takes the control's name or "model"
@@ -194,7 +194,7 @@ def evaluate(
     :raises ValueError: if the env does not report success
     """
     if name is None:
-        name = player if isinstance(player, str) else "prior" if isinstance(player, FlowPolicy) else "model"
+        name = player if isinstance(player, str) else "prior" if isinstance(player, NoisePolicy) else "model"
     infos = [
         info
         for step in play(player, env, episodes, seed, deterministic, progress_bar, f"evaluate {name}")
@@ -298,7 +298,7 @@ def _final_infos(step: MacroStep) -> list[dict[str, Any]]:
 def _actor(player: Player, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:
     shape = (venv.num_envs, *venv.action_space.shape)  # type: ignore[misc]
     space: Any = venv.action_space
-    if isinstance(player, FlowPolicy):
+    if isinstance(player, NoisePolicy):
         player = "prior"
     if isinstance(player, str):
         if player == "prior":

@@ -1,41 +1,53 @@
 """The frozen policy that is steered: noise in, action chunk out."""
 
 # No ``from __future__ import annotations`` here: the hub mixin reads the annotations of ``__init__`` to rebuild networks.
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch as th
 from huggingface_hub import PyTorchModelHubMixin
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import nn
 
-from sb3_dsrl import networks
 from sb3_dsrl.decoding import Integrate, accelerated, integrate
-from sb3_dsrl.networks import EnsembleChunkCritic, StateEncoder, VelocityNet, VelocityUNet
+from sb3_dsrl.encoders import ImageEncoder, ObsEncoder, StateEncoder
+from sb3_dsrl.losses import shortcut_loss
+from sb3_dsrl.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
+from sb3_dsrl.noise_policy import NoisePolicy
+from sb3_dsrl.observations import map_frames
 
 
-def _to_config(net: Any) -> dict[str, Any]:
-    return {"class": type(net).__name__, **net.config}
+def _to_config(net: Any) -> Any:
+    if not isinstance(net, nn.Module):
+        return net
+    if not isinstance(net, Network):
+        raise ValueError(
+            f"Only subclasses of sb3_dsrl.networks.Network can be saved, since they know what they were built with; "
+            f"found {type(net).__name__}"
+        )
+    return {"class": type(net).__name__, **{key: _to_config(value) for key, value in net.config.items()}}
 
 
-def _from_config(config: dict[str, Any]) -> Any:
-    kwargs = dict(config)
+def _from_config(config: Any) -> Any:
+    if not (isinstance(config, dict) and "class" in config):
+        return config
+    kwargs = {key: _from_config(value) for key, value in config.items()}
     name = kwargs.pop("class")
-    cls = getattr(networks, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"config.json names the network class {name!r}, which sb3_dsrl.networks does not have")
-    return cls(**kwargs)
+    if name not in Network.classes:
+        raise ValueError(f"config.json names the network class {name!r}, which is unknown; import the module that defines it")
+    return Network.classes[name](**kwargs)
+
+
+#: How the hub mixin builds networks from ``config.json``; subclasses must name it, too. What it writes at construction is
+#: replaced when the policy is saved.
+CODERS: dict[type, Any] = {
+    net: (lambda net: type(net).__name__, _from_config) for net in (VelocityNet, ObsEncoder, EnsembleChunkCritic)
+}
 
 
 class FlowPolicy(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="sb3_dsrl",
-    tags=["robotics", "flow-matching"],
-    coders={net: (_to_config, _from_config) for net in (VelocityNet, StateEncoder, EnsembleChunkCritic)},
+    NoisePolicy, PyTorchModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "flow-matching"], coders=CODERS
 ):
     """
     Shortcut-flow policy over action chunks, with the chunk critic that was trained beside it.
@@ -51,16 +63,16 @@ class FlowPolicy(
     :param action_offset: index of the chunk's entry that is the action for *now*; other than 0 in legacy checkpoints only
     :param env_id: environment that the demos came from
     :param obs_mode: ManiSkill observation mode
-    :param obs_keys: keys of a dict observation that the encoder reads, in order; empty for a flat observation
     :param control_mode: ManiSkill controller that the actions are for
     :param gamma: discount per env step that the critic was trained with
     :param reward_scale: factor on the rewards that the critic was trained with
-    :raises ValueError: if the horizons or the networks do not fit each other
+    :param policy_class: name of the class that saved this policy, for a check; None checks nothing
+    :raises ValueError: if the horizons or the networks do not fit each other, or another class saved the policy
     """
 
     def __init__(
         self,
-        encoder: StateEncoder,
+        encoder: ObsEncoder,
         velocity: VelocityNet,
         critic: EnsembleChunkCritic | None = None,
         act_horizon: int = 8,
@@ -68,27 +80,32 @@ class FlowPolicy(
         action_offset: int = 0,
         env_id: str | None = None,
         obs_mode: str = "state",
-        obs_keys: tuple[str, ...] = (),
         control_mode: str | None = None,
         gamma: float = 0.99,
         reward_scale: float = 1.0,
+        policy_class: str | None = None,
     ) -> None:
-        super().__init__()
-        if action_offset < 0 or num_steps < 1:
-            raise ValueError(f"action_offset must be >= 0 and num_steps >= 1, found {action_offset} and {num_steps}")
-        if not 1 <= act_horizon <= velocity.pred_horizon - action_offset:
-            raise ValueError(
-                f"act_horizon must lie in 1..{velocity.pred_horizon - action_offset} (pred_horizon - action_offset), "
-                f"found {act_horizon}"
-            )
+        if policy_class is not None and policy_class != type(self).__name__:
+            raise ValueError(f"it was saved by {policy_class}: load it with {policy_class}.from_pretrained")
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, found {num_steps}")
+        super().__init__(
+            encoder.obs_shapes,
+            encoder.obs_horizon,
+            (velocity.pred_horizon, velocity.action_dim),
+            encoder.cond_dim,
+            act_horizon,
+            action_offset,
+            critic,
+            env_id,
+            obs_mode,
+            control_mode,
+            gamma,
+            reward_scale,
+        )
         if velocity.cond_dim != encoder.cond_dim:
             raise ValueError(f"velocity expects {velocity.cond_dim} features, but the encoder gives {encoder.cond_dim}")
-        self.encoder, self.velocity, self.critic = encoder, velocity, critic
-        self.obs_horizon, self.pred_horizon, self.act_horizon = encoder.obs_horizon, velocity.pred_horizon, act_horizon
-        self.action_dim, self.cond_dim = velocity.action_dim, encoder.cond_dim
-        self.num_steps, self.action_offset = num_steps, action_offset
-        self.env_id, self.obs_mode, self.obs_keys, self.control_mode = env_id, obs_mode, tuple(obs_keys), control_mode
-        self.gamma, self.reward_scale = gamma, reward_scale
+        self.encoder, self.velocity, self.num_steps = encoder, velocity, num_steps
         self._integrate: Integrate = integrate
 
     @classmethod
@@ -99,47 +116,50 @@ class FlowPolicy(
         obs_horizon: int = 2,
         pred_horizon: int = 16,
         act_horizon: int = 8,
+        image_shapes: dict[str, tuple[int, int, int]] | None = None,
+        backbone: nn.Module | None = None,
         velocity_class: type[VelocityNet] = VelocityUNet,
         velocity_kwargs: dict[str, Any] | None = None,
         critic_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> "FlowPolicy":
         """
-        Builds an untrained policy for flat (state) observations from sizes alone.
+        Builds an untrained policy from sizes alone.
 
-        :param obs_dim: dimensions of one frame
+        :param obs_dim: dimensions of the state part of one frame
         :param action_dim: A
         :param obs_horizon: frames that the policy sees
         :param pred_horizon: T
         :param act_horizon: H
+        :param image_shapes: (height, width, channels) of ``rgb`` and ``depth``; None is a flat (state) observation
+        :param backbone: of the images, see :class:`~sb3_dsrl.encoders.ImageEncoder`
         :param velocity_class: ``VelocityUNet`` or ``VelocityMLP``
         :param velocity_kwargs: further arguments of the velocity network
         :param critic_kwargs: further arguments of the critic
         :param kwargs: further arguments of the policy itself
         """
-        encoder = StateEncoder(obs_dim, obs_horizon)
+        encoder: ObsEncoder = StateEncoder(obs_dim, obs_horizon)
+        if image_shapes:
+            encoder = ImageEncoder(obs_dim, image_shapes, backbone, obs_horizon)
+        elif backbone is not None:
+            raise ValueError("A backbone was given, but there are no images: pass image_shapes, or demos with images")
         velocity = velocity_class(action_dim, pred_horizon, encoder.cond_dim, **(velocity_kwargs or {}))
         critic = EnsembleChunkCritic(encoder.cond_dim, act_horizon, action_dim, **(critic_kwargs or {}))
         return cls(encoder, velocity, critic, act_horizon=act_horizon, **kwargs)
 
-    @property
-    def device(self) -> th.device:
-        """Device that the weights are on."""
-        return next(self.parameters()).device
-
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        """Shape (T, A) of one noise."""
-        return (self.pred_horizon, self.action_dim)
-
-    def encode(self, obs: th.Tensor | np.ndarray) -> th.Tensor:
+    def encode(self, obs: Any) -> th.Tensor:
         """
         Features of stacked observations: what the velocity field is conditioned on and what the latent policy sees.
 
-        :param obs: (B, obs_horizon, obs_dim), oldest frame first
+        :param obs: (B, obs_horizon, D), or a dict of such arrays or tensors; oldest frame first
         :return: (B, C)
+        :raises ValueError: if keys or shapes are not the encoder's
         """
-        return self.encoder(th.as_tensor(obs, dtype=th.float32, device=self.device))
+        return self.encoder(map_frames(self._tensor, obs))
+
+    def _tensor(self, x: Any) -> th.Tensor:
+        x = th.as_tensor(x, device=self.device)
+        return x if x.dtype == th.uint8 else x.float()  # images become floats where they are encoded
 
     def decode(self, cond: th.Tensor, w: th.Tensor, num_steps: int | None = None) -> th.Tensor:
         """
@@ -170,45 +190,26 @@ class FlowPolicy(
         self._integrate = integrate if dtype is None and compile_kwargs is None else accelerated(dtype, compile_kwargs)
         return self
 
-    def executed(self, chunk: th.Tensor) -> th.Tensor:
+    def imitation_loss(
+        self,
+        teacher: nn.Module,
+        cond: th.Tensor,
+        chunk: th.Tensor,
+        weights: th.Tensor | None = None,
+        consistency_fraction: float = 0.25,
+    ) -> dict[str, th.Tensor]:
         """
-        The part of a chunk that is sent to the env. This slice convention exists nowhere else.
+        What stage 0 minimises: the sum of these terms.
 
-        :param chunk: (..., T, A)
-        :return: (..., H, A)
+        :param teacher: exponential moving average of the velocity field
+        :param cond: (B, C)
+        :param chunk: (B, T, A)
+        :param weights: weight of each sample, (B,); None is 1
+        :param consistency_fraction: part of the batch for self-consistency
+        :return: name -> loss
         """
-        return chunk[..., self.action_offset : self.action_offset + self.act_horizon, :]
-
-    @th.no_grad()
-    def sample(self, obs: th.Tensor | np.ndarray, num_steps: int | None = None) -> th.Tensor:
-        """
-        Chunks of the unsteered policy: decodes fresh noise w ~ N(0, I).
-
-        :param obs: (B, obs_horizon, obs_dim)
-        :param num_steps: see :meth:`decode`
-        :return: (B, T, A)
-        """
-        cond = self.encode(obs)
-        return self.decode(cond, th.randn(len(cond), *self.noise_shape, device=cond.device), num_steps)
-
-    def freeze(self) -> "FlowPolicy":
-        """Evaluation mode and no gradients, for good. Returns the policy itself."""
-        return self.eval().requires_grad_(False)
-
-    def fingerprint(self) -> str:
-        """
-        Hash of what makes a flow this flow: encoder, velocity field, horizons. ``num_steps`` is not part of it, so
-        that a policy may be moved to a cheaper decode of the same flow. The critic is not part
-        of it, since steering does not run it.
-
-        :return: 16 hexadecimal digits
-        """
-        digest = hashlib.sha256(repr((self.noise_shape, self.act_horizon, self.obs_horizon, self.action_offset)).encode())
-        for name, module in (("encoder", self.encoder), ("velocity", self.velocity)):
-            for key, value in sorted(module.state_dict().items()):
-                digest.update(f"{name}.{key}".encode())
-                digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        matching, consistency = shortcut_loss(self.velocity, teacher, cond, chunk, weights, consistency_fraction)
+        return {"flow/matching_loss": matching, "flow/consistency_loss": consistency}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -242,16 +243,13 @@ class FlowPolicy(
             raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {error}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        for net in (self.encoder, self.velocity, self.critic):
-            if net is not None and getattr(networks, type(net).__name__, None) is not type(net):
-                raise ValueError(f"Only networks of sb3_dsrl.networks can be saved, found {type(net).__name__}")
         # What the policy is now, not what it was built with
         names = ("act_horizon", "num_steps", "action_offset", "env_id", "obs_mode", "control_mode", "gamma", "reward_scale")
         self._hub_mixin_config = dict(
             encoder=_to_config(self.encoder),
             velocity=_to_config(self.velocity),
-            critic=None if self.critic is None else _to_config(self.critic),
-            obs_keys=list(self.obs_keys),
+            critic=_to_config(self.critic),
+            policy_class=type(self).__name__,
             **{name: getattr(self, name) for name in names},
         )
         super()._save_pretrained(save_directory)

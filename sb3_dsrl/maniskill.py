@@ -10,12 +10,13 @@ import gymnasium as gym
 import mani_skill.envs  # noqa: F401  registers the envs
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from mani_skill.utils.registration import REGISTERED_ENVS
-from mani_skill.utils.wrappers import CPUGymWrapper
+from mani_skill.utils.wrappers import CPUGymWrapper, FlattenRGBDObservationWrapper
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_dsrl.batched import BatchedChunkEnv
-from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.steering import SteerMode
 from sb3_dsrl.workers import ProcessWorker, Worker, WorkerVecEnv
 from sb3_dsrl.wrappers import ActionChunkWrapper, VecLatentSteering
@@ -42,7 +43,51 @@ def unbatched(env: gym.Env) -> gym.Env:
         if isinstance(layer, CPUGymWrapper):
             return EpisodeSeeds(env)
         layer = layer.env
-    return EpisodeSeeds(CPUGymWrapper(env))
+    return EpisodeSeeds(CPUGymWrapper(flat_images(env)))
+
+
+def flat_images(env: gym.Env) -> gym.Env:
+    """
+    Image observations as a flat dict of ``state`` and ``rgb`` or ``depth`` or both, rendered only where they are seen. Other
+    envs stay as they are.
+
+    :param env: a ManiSkill env
+    """
+    base: Any = env.unwrapped
+    space = base.single_observation_space
+    if not isinstance(space, spaces.Dict) or base.obs_mode == "state_dict":
+        return env
+    env = RenderOnDemand(env)
+    return FlattenRGBDObservationWrapper(env) if "sensor_data" in space.spaces else env
+
+
+class RenderOnDemand(gym.Wrapper):
+    """
+    An env whose cameras can be switched off for a while. Meanwhile its images stay as they were; everything else is fresh.
+
+    Inside a chunk nobody looks at most frames, and without a GPU a frame costs ten times what the physics of a step does.
+
+    :param env: a ManiSkill env with image observations
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        base: Any = env.unwrapped
+        self._rendering = True
+        self._last: dict[str, Any] | None = None
+        self._capture = base._get_obs_sensor_data
+        base._get_obs_sensor_data = self._sensor_data
+
+    def set_rendering(self, rendering: bool) -> None:
+        """
+        :param rendering: whether the next observations show new images
+        """
+        self._rendering = rendering
+
+    def _sensor_data(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self._rendering or self._last is None:
+            self._last = self._capture(*args, **kwargs)
+        return {camera: dict(images) for camera, images in self._last.items()}
 
 
 class EpisodeSeeds(gym.Wrapper):
@@ -70,7 +115,7 @@ class EpisodeSeeds(gym.Wrapper):
 
 def make_latent_env(
     env_id: str,
-    flow: FlowPolicy,
+    flow: NoisePolicy,
     n_envs: int = 1,
     *,
     sim_backend: Literal["auto", "physx_cpu", "physx_cuda"] = "auto",
@@ -128,11 +173,9 @@ def make_latent_env(
         raise ValueError(f"sim_backend must be 'auto', 'physx_cpu' or 'physx_cuda', found {sim_backend!r}")
     if sim_backend == "auto":
         sim_backend = "physx_cuda" if n_envs > MAX_CPU_ENVS and th.cuda.is_available() else "physx_cpu"
-    env_kwargs |= dict(reward_mode=reward_mode, sim_backend=sim_backend)
-    for key, value in (("obs_mode", obs_mode), ("control_mode", control_mode), ("max_episode_steps", max_episode_steps)):
-        if value is not None:
-            env_kwargs[key] = value
-    env_kwargs = _env_kwargs(env_id, flow, env_kwargs)
+    given: dict[str, Any] = dict(obs_mode=obs_mode, control_mode=control_mode, max_episode_steps=max_episode_steps)
+    given = {key: value for key, value in given.items() if value is not None}
+    env_kwargs = maniskill_kwargs(env_id, flow, reward_mode=reward_mode, sim_backend=sim_backend, **given, **env_kwargs)
     chunk_kwargs: dict[str, Any] = dict(
         act_horizon=flow.act_horizon,
         obs_horizon=flow.obs_horizon,
@@ -146,7 +189,7 @@ def make_latent_env(
 
     venv: VecEnv
     if sim_backend == "physx_cuda":
-        venv = BatchedChunkEnv(gym.make(env_id, num_envs=n_envs, **env_kwargs), **chunk_kwargs)
+        venv = BatchedChunkEnv(flat_images(gym.make(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)
     elif n_envs == 1 and worker is ProcessWorker:
         venv = DummyVecEnv([make])
     else:
@@ -163,14 +206,21 @@ def make_latent_env(
     return latent
 
 
-def _env_kwargs(env_id: str, flow: FlowPolicy, env_kwargs: dict[str, Any]) -> dict[str, Any]:
+def maniskill_kwargs(env_id: str, flow: NoisePolicy, **env_kwargs: Any) -> dict[str, Any]:
+    """
+    Arguments of ``gym.make`` for the ManiSkill env that a flow was trained for.
+
+    :param env_id: ManiSkill environment
+    :param flow: gives observation and control mode
+    :param env_kwargs: what to set otherwise
+    :raises ValueError: if there is no such environment
+    """
     if env_id not in REGISTERED_ENVS:
         close = difflib.get_close_matches(env_id, REGISTERED_ENVS, n=3)
         raise ValueError(
             f"{env_id!r} is not a ManiSkill environment" + (f"; did you mean {' or '.join(close)}?" if close else "")
         )
-    on_cpu = env_kwargs["sim_backend"] == "physx_cpu"
-    defaults = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode, render_backend="none" if on_cpu else "gpu")
-    if on_cpu and env_kwargs.get("render_mode") is not None:
-        defaults["render_backend"] = "cpu"
-    return {**defaults, **env_kwargs}
+    kwargs = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode, sim_backend="physx_cpu") | env_kwargs
+    sees = kwargs["obs_mode"] not in ("state", "state_dict", "none") or kwargs.get("render_mode") is not None
+    backend = "gpu" if kwargs["sim_backend"] == "physx_cuda" else "cpu" if sees else "none"
+    return dict(render_backend=backend) | kwargs

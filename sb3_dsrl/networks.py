@@ -1,14 +1,16 @@
-"""Networks of stage 0: velocity fields conditioned on t and d, observation encoders and the ensemble chunk critic.
+"""Networks of stage 0: velocity fields conditioned on t and d, and the ensemble chunk critic.
 
-Nothing here knows of SB3, gymnasium or ManiSkill. Every network records its constructor arguments in ``config``, so that
-:class:`~sb3_dsrl.flow.FlowPolicy` can write them to ``config.json`` and build the same network again.
+Nothing here knows of SB3, gymnasium or ManiSkill.
 
 Letters in shapes: ``B`` batch, ``T`` = pred_horizon, ``H`` = act_horizon, ``A`` action dim, ``C`` conditioning features,
 ``E`` critic heads.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch as th
 from torch import nn
@@ -26,6 +28,26 @@ def mish(x: th.Tensor) -> th.Tensor:
     if th.is_grad_enabled() or x.is_cuda or x.numel() < 8192:  # for a few numbers one call is faster than five
         return F.mish(x)
     return th.addcdiv(x, x, x.exp().add_(1.0).square_().add_(1.0), value=-2.0)
+
+
+class Network(nn.Module):
+    """
+    Base class of the networks that a flow is made of. It records the constructor arguments, from which
+    :class:`~sb3_dsrl.flow.FlowPolicy` builds the same network again. A subclass of your own travels as well, wherever the
+    module that defines it has been imported.
+
+    :param config: constructor arguments: numbers, strings, lists, dicts and other networks
+    """
+
+    classes: ClassVar[dict[str, type[Network]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Network.classes[cls.__name__] = cls
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -47,7 +69,7 @@ class SinusoidalEmbedding(nn.Module):
         return th.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-class StepEmbedding(nn.Module):
+class StepEmbedding(Network):
     """
     Embeds the flow time ``t`` and the step size ``d`` together, as shortcut models need (https://arxiv.org/abs/2410.12557).
 
@@ -55,7 +77,8 @@ class StepEmbedding(nn.Module):
     """
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim=dim)
+        self.dim = dim
         self.sinusoid = SinusoidalEmbedding(dim)
         self.mlp = nn.Sequential(nn.Linear(2 * dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
 
@@ -63,7 +86,24 @@ class StepEmbedding(nn.Module):
         return self.mlp(th.cat([self.sinusoid(t), self.sinusoid(d)], dim=-1))
 
 
-class VelocityNet(nn.Module):
+class TimestepEmbedding(Network):
+    """
+    Embeds the whole number ``floor(100 t)`` and ignores ``d``, as the U-Net of AW-ShortCut flow checkpoints does.
+
+    :param dim: size of the embedding
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim=dim)
+        self.dim = dim
+        self.sinusoid = SinusoidalEmbedding(dim, scale=1.0)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
+
+    def forward(self, t: th.Tensor, d: th.Tensor) -> th.Tensor:
+        return self.mlp(self.sinusoid((t * 100).floor()))
+
+
+class VelocityNet(Network):
     """
     Base class of velocity fields v(x, t, d | cond) over action chunks.
 
@@ -73,9 +113,8 @@ class VelocityNet(nn.Module):
     """
 
     def __init__(self, action_dim: int, pred_horizon: int, cond_dim: int, **config: Any) -> None:
-        super().__init__()
+        super().__init__(action_dim=action_dim, pred_horizon=pred_horizon, cond_dim=cond_dim, **config)
         self.action_dim, self.pred_horizon, self.cond_dim = action_dim, pred_horizon, cond_dim
-        self.config = dict(action_dim=action_dim, pred_horizon=pred_horizon, cond_dim=cond_dim, **config)
 
     def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:
         """
@@ -165,6 +204,7 @@ class VelocityUNet(VelocityNet):
     :param kernel_size: of the convolutions, odd
     :param n_groups: of the group norms
     :param embed_dim: size of the embedding of (t, d)
+    :param step_embedding: embedding of (t, d) itself; None is a :class:`StepEmbedding` of ``embed_dim``
     :raises ValueError: if ``pred_horizon`` cannot be halved often enough
     """
 
@@ -173,12 +213,14 @@ class VelocityUNet(VelocityNet):
         action_dim: int,
         pred_horizon: int,
         cond_dim: int,
-        widths: tuple[int, ...] = (64, 128, 256),
+        widths: Sequence[int] = (64, 128, 256),
         kernel_size: int = 5,
         n_groups: int = 8,
         embed_dim: int = 64,
+        step_embedding: StepEmbedding | TimestepEmbedding | None = None,
     ) -> None:
         widths = tuple(widths)
+        step_embedding = step_embedding or StepEmbedding(embed_dim)
         shrink = 2 ** (len(widths) - 1)
         if pred_horizon % shrink:
             raise ValueError(
@@ -192,10 +234,10 @@ class VelocityUNet(VelocityNet):
             widths=list(widths),
             kernel_size=kernel_size,
             n_groups=n_groups,
-            embed_dim=embed_dim,
+            step_embedding=step_embedding,
         )
-        self.step_embedding = StepEmbedding(embed_dim)
-        film_dim = embed_dim + cond_dim
+        self.step_embedding = step_embedding
+        film_dim = step_embedding.dim + cond_dim
 
         def block(c_in: int, c_out: int) -> FiLMResidualBlock:
             return FiLMResidualBlock(c_in, c_out, film_dim, kernel_size, n_groups)
@@ -230,44 +272,6 @@ class VelocityUNet(VelocityNet):
         return self.outlet(h).transpose(1, 2)
 
 
-class StateEncoder(nn.Module):
-    """
-    Encoder of state observations: normalise every dimension, stack the frames. It has no weights to learn.
-
-    :param obs_dim: dimensions of one frame
-    :param obs_horizon: frames, oldest first
-    """
-
-    def __init__(self, obs_dim: int, obs_horizon: int) -> None:
-        super().__init__()
-        self.config = dict(obs_dim=obs_dim, obs_horizon=obs_horizon)
-        self.obs_dim, self.obs_horizon = obs_dim, obs_horizon
-        self.cond_dim = obs_dim * obs_horizon
-        self.mean: th.Tensor
-        self.std: th.Tensor
-        self.register_buffer("mean", th.zeros(obs_dim))
-        self.register_buffer("std", th.ones(obs_dim))
-
-    def fit(self, frames: th.Tensor, min_std: float = 1e-2) -> None:
-        """
-        Sets mean and standard deviation from demo frames.
-
-        :param frames: (n, obs_dim)
-        :param min_std: floor of the standard deviation: a dimension that is constant in a few demos must not explode
-            as soon as it moves
-        """
-        self.mean.copy_(frames.mean(dim=0))
-        self.std.copy_(frames.std(dim=0, unbiased=False).clamp_min(min_std))
-
-    def forward(self, obs: th.Tensor) -> th.Tensor:
-        if obs.shape[1:] != (self.obs_horizon, self.obs_dim):
-            raise ValueError(
-                f"Observations must have shape (B, obs_horizon, obs_dim) = (B, {self.obs_horizon}, {self.obs_dim}), "
-                f"found {tuple(obs.shape)}"
-            )
-        return ((obs - self.mean) / self.std).flatten(1)
-
-
 class EnsembleLinear(nn.Module):
     """``E`` linear layers side by side, one batched matrix product. Maps (E, B, in) to (E, B, out)."""
 
@@ -293,7 +297,7 @@ class EnsembleLayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
 
 
-class EnsembleChunkCritic(nn.Module):
+class EnsembleChunkCritic(Network):
     """
     ``E`` independent critics Q(cond, chunk) of the SMDP value of executing a chunk, evaluated as one batched computation.
 
@@ -305,8 +309,7 @@ class EnsembleChunkCritic(nn.Module):
     """
 
     def __init__(self, cond_dim: int, act_horizon: int, action_dim: int, n_heads: int = 10, width: int = 256) -> None:
-        super().__init__()
-        self.config = dict(cond_dim=cond_dim, act_horizon=act_horizon, action_dim=action_dim, n_heads=n_heads, width=width)
+        super().__init__(cond_dim=cond_dim, act_horizon=act_horizon, action_dim=action_dim, n_heads=n_heads, width=width)
         self.n_heads = n_heads
         self.updates: th.Tensor
         self.register_buffer("updates", th.tensor(0))  # an untrained critic must not rank anything in silence

@@ -9,7 +9,6 @@ Letters in shapes: ``B`` batch, ``T`` = pred_horizon, ``H`` = act_horizon, ``A``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +17,13 @@ import torch as th
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sb3_dsrl.demos import ChunkTransitions, Demos, action_windows, chunk_transitions, load_demos
+from sb3_dsrl.demos import Demos, load_demos
+from sb3_dsrl.features import FeatureTransitions, check_demos_fit
 from sb3_dsrl.flow import FlowPolicy
 from sb3_dsrl.networks import EnsembleChunkCritic, VelocityNet
+from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.progress import ProgressLoop
-
-
-@dataclass
-class FeatureTransitions:
-    """
-    SMDP transitions in the flow's features: what the critic is trained on.
-
-    :param cond: (n, C)
-    :param chunk: (n, H, A)
-    :param reward: ``sum_{i<k} gamma^i r_i``, (n,)
-    :param discount: ``gamma^k``, 0 after a termination, (n,)
-    :param next_cond: (n, C)
-    """
-
-    cond: th.Tensor
-    chunk: th.Tensor
-    reward: th.Tensor
-    discount: th.Tensor
-    next_cond: th.Tensor
-
-    def __len__(self) -> int:
-        return len(self.cond)
-
-    def __add__(self, other: FeatureTransitions) -> FeatureTransitions:
-        return FeatureTransitions(*(th.cat([a, b]) for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    def to(self, device: th.device) -> FeatureTransitions:
-        """The same transitions on another device."""
-        return FeatureTransitions(*(value.to(device) for value in vars(self).values()))
-
-    def __getitem__(self, index: th.Tensor) -> FeatureTransitions:
-        return FeatureTransitions(*(value[index] for value in vars(self).values()))
-
-
-@th.no_grad()
-def encode_transitions(flow: FlowPolicy, transitions: ChunkTransitions) -> FeatureTransitions:
-    """
-    Turns raw transitions into features, once.
-
-    :param flow: its encoder is used
-    :param transitions: from :func:`~sb3_dsrl.demos.chunk_transitions`
-    """
-    chunk, reward, discount = (
-        th.from_numpy(x).to(flow.device) for x in (transitions.chunk, transitions.reward, transitions.discount)
-    )
-    return FeatureTransitions(flow.encode(transitions.obs), chunk, reward, discount, flow.encode(transitions.next_obs))
-
-
-def demo_transitions(flow: FlowPolicy, demos: Demos, ignore_terminations: bool = False) -> FeatureTransitions:
-    """
-    Chunk transitions of demos in the flow's features, with its horizons, gamma and reward scale.
-
-    :param flow: the policy
-    :param demos: the demos
-    :param ignore_terminations: as in ManiSkill; the same as in stage 2
-    """
-    check_demos_fit(flow, demos)
-    raw = chunk_transitions(demos, flow.obs_horizon, flow.act_horizon, flow.gamma, ignore_terminations, flow.reward_scale)
-    return encode_transitions(flow, raw)
-
-
-def check_demos_fit(flow: FlowPolicy, demos: Demos) -> None:
-    """
-    :raises ValueError: if demos and flow differ in observation size, action size, control mode or env id
-    """
-    for what, found, expected in (
-        ("observation dimensions", demos.obs_dim, flow.encoder.obs_dim),
-        ("action dimensions", demos.action_dim, flow.action_dim),
-        ("control_mode", demos.control_mode, flow.control_mode),
-        ("env_id", demos.env_id, flow.env_id),
-    ):
-        if expected is not None and found != expected:
-            raise ValueError(f"{demos.path} does not fit the flow: {what} is {found!r} in the demos, {expected!r} in the flow")
+from sb3_dsrl.windows import FeatureWindows, ImageWindows
 
 
 def exp_weights(scores: th.Tensor, max_weight: float) -> th.Tensor:
@@ -107,54 +36,6 @@ def exp_weights(scores: th.Tensor, max_weight: float) -> th.Tensor:
     """
     weights = scores.clamp_max(np.log(max_weight)).exp()
     return weights / weights.mean()
-
-
-def shortcut_loss(
-    velocity: nn.Module,
-    teacher: nn.Module,
-    cond: th.Tensor,
-    chunk: th.Tensor,
-    weights: th.Tensor | None = None,
-    consistency_fraction: float = 0.25,
-    n_levels: int = 4,
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Flow-matching and self-consistency loss of a shortcut model.
-
-    Part of the batch learns the instantaneous velocity ``chunk - noise`` at d = 0. The rest learns that one step of
-    size 2d equals two steps of size d taken by the teacher, with ``2d = 1, 1/2, ..., 2^(1-n_levels)`` and a continuous t.
-
-    :param velocity: the velocity field that learns
-    :param teacher: its exponential moving average
-    :param cond: (B, C)
-    :param chunk: (B, T, A)
-    :param weights: weight of each sample in the flow-matching part, (B,); None is 1
-    :param consistency_fraction: part of the batch for self-consistency
-    :param n_levels: number of step sizes; the smallest teacher step is replaced by the instantaneous velocity
-    :return: the two losses
-    """
-    batch, n_consistent = len(chunk), round(len(chunk) * consistency_fraction)
-    noise = th.randn_like(chunk)
-    t = th.rand(batch, device=chunk.device)
-    d = th.zeros_like(t)
-    target = chunk - noise
-    if n_consistent:
-        big = 2.0 ** -th.randint(n_levels, (n_consistent,), device=chunk.device)
-        d[:n_consistent] = big
-        t[:n_consistent] *= 1 - big
-    x = th.lerp(noise, chunk, t[:, None, None])
-    if n_consistent:
-        with th.no_grad():
-            half, start, at = big / 2, t[:n_consistent], x[:n_consistent]
-            teacher_d = half * (half > 2.0**-n_levels)
-            v1 = teacher(at, start, teacher_d, cond[:n_consistent])
-            v2 = teacher(at + half[:, None, None] * v1, start + half, teacher_d, cond[:n_consistent])
-            target[:n_consistent] = (v1 + v2) / 2
-    error = (velocity(x, t, d, cond) - target).pow(2).mean(dim=(1, 2))
-    matching = error[n_consistent:]
-    if weights is not None:
-        matching = matching * weights[n_consistent:]
-    return matching.mean(), error[:n_consistent].mean() if n_consistent else error.new_zeros(())
 
 
 def critic_td_loss(
@@ -185,13 +66,18 @@ def train_flow(
     beta: float = 0.0,
     max_weight: float = 10.0,
     consistency_fraction: float = 0.25,
+    train_encoder: bool = True,
+    random_shift_pad: int = 4,
+    image_memory: float = 2e9,
+    policy_class: type[FlowPolicy] = FlowPolicy,
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
     **create_kwargs: Any,
 ) -> FlowPolicy:
     """
-    Stage 0: trains a shortcut flow on demos by (advantage-weighted) shortcut flow matching.
+    Stage 0: trains a flow on demos by (advantage-weighted) shortcut flow matching. If the demos hold images, the image
+    encoder is trained with it, under random shifts, and the images are read from the file as they are needed.
 
     :param demos: demos, or the path of an ``.h5`` file
     :param flow: policy to go on with; None creates one that fits the demos
@@ -202,7 +88,11 @@ def train_flow(
     :param beta: inverse temperature of the advantage weights ``exp(beta * A)``, A from ``flow.critic`` (train it first, with
         :func:`train_critic`); 0 is plain flow matching
     :param max_weight: clip of these weights
-    :param consistency_fraction: part of each batch for the self-consistency loss
+    :param consistency_fraction: part of each batch for the self-consistency loss of a shortcut flow
+    :param train_encoder: train the encoder, if it has weights; False keeps them, and computes the features once
+    :param random_shift_pad: largest random shift of images in pixels; 0 shifts nothing
+    :param image_memory: bytes of images that are held in memory at a time
+    :param policy_class: class of a new policy; :class:`~sb3_dsrl.diffusion.DiffusionPolicy` trains a diffusion policy
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
@@ -221,41 +111,47 @@ def train_flow(
     if not isinstance(demos, Demos):
         demos = load_demos(demos)
     if flow is None:
-        create_kwargs = dict(env_id=demos.env_id, obs_mode=demos.obs_mode, control_mode=demos.control_mode) | create_kwargs
-        flow = FlowPolicy.create(demos.obs_dim, demos.action_dim, **create_kwargs)
+        about = dict(env_id=demos.env_id, obs_mode=demos.obs_mode, control_mode=demos.control_mode)
+        sizes = dict(obs_dim=demos.obs_dim, action_dim=demos.action_dim, image_shapes=demos.image_shapes)
+        flow = policy_class.create(**(sizes | about | create_kwargs))
         flow.encoder.fit(th.from_numpy(demos.frames()))
     check_demos_fit(flow, demos)
-    obs, actions = action_windows(demos, flow.obs_horizon, flow.pred_horizon)
-    with th.no_grad():
-        cond, chunk = flow.encode(obs), th.from_numpy(actions).to(flow.device)
-    weights = None
-    if beta > 0:
-        weights = exp_weights(beta * _demo_advantages(flow, cond, chunk), max_weight)
+    learns_to_see = train_encoder and any(True for _ in flow.encoder.parameters())
+    windows: FeatureWindows | ImageWindows
+    if learns_to_see:
+        if beta > 0:
+            raise ValueError("beta > 0 needs features that stay as the critic knows them: set train_encoder=False")
+        windows = ImageWindows(flow, demos, random_shift_pad, image_memory)
+    else:
+        windows = FeatureWindows(flow, demos)
+        if beta > 0:
+            windows.weights = exp_weights(beta * _demo_advantages(flow, windows.cond, windows.chunk), max_weight)
 
     velocity: VelocityNet = flow.velocity.train().requires_grad_(True)
-    teacher = AveragedModel(velocity, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-    optimizer = th.optim.AdamW(velocity.parameters(), lr=learning_rate, weight_decay=1e-4)
+    learning: list[nn.Module] = [velocity, flow.encoder.train().requires_grad_(True)] if learns_to_see else [velocity]
+    averages = [AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) for net in learning]
+    parameters = [parameter for net in learning for parameter in net.parameters()]
+    optimizer = th.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_iterations)
     loop = ProgressLoop("stage 0: flow", n_iterations, progress_bar, tensorboard_log)
     for _ in loop:
-        index = th.randint(len(chunk), (batch_size,), device=chunk.device)
-        matching, consistency = shortcut_loss(
-            velocity, teacher, cond[index], chunk[index], None if weights is None else weights[index], consistency_fraction
-        )
-        loss = matching + consistency
+        cond, chunk, weights = windows.sample(batch_size)
+        losses = flow.imitation_loss(averages[0], cond, chunk, weights, consistency_fraction)
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(velocity.parameters(), 1.0)
+        sum(losses.values(), th.zeros(())).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        teacher.update_parameters(velocity)
-        loop.log({"flow/matching_loss": matching, "flow/consistency_loss": consistency})
-    velocity.load_state_dict(teacher.module.state_dict())
+        for average, net in zip(averages, learning, strict=True):
+            average.update_parameters(net)
+        loop.log(losses)
+    for average, net in zip(averages, learning, strict=True):
+        net.load_state_dict(average.module.state_dict())
     return flow.freeze()
 
 
 def train_critic(
-    flow: FlowPolicy,
+    flow: NoisePolicy,
     transitions: FeatureTransitions,
     *,
     n_iterations: int = 2_000,
@@ -308,7 +204,7 @@ def train_critic(
 
 
 @th.no_grad()
-def _demo_advantages(flow: FlowPolicy, cond: th.Tensor, chunk: th.Tensor, n_samples: int = 4) -> th.Tensor:
+def _demo_advantages(flow: NoisePolicy, cond: th.Tensor, chunk: th.Tensor, n_samples: int = 4) -> th.Tensor:
     """Z-scored advantages Q(s, a_demo) - mean over the flow's own chunks Q(s, a), (n,)."""
     if flow.critic is None or not flow.critic.updates:
         raise ValueError(

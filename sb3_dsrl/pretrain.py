@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from sb3_dsrl.demos import Demos, load_demos
 from sb3_dsrl.evaluation import Rollouts
-from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.features import FeatureTransitions, demo_transitions
 from sb3_dsrl.networks import EnsembleChunkCritic
-from sb3_dsrl.offline import FeatureTransitions, demo_transitions, exp_weights, train_critic
+from sb3_dsrl.noise_policy import NoisePolicy
+from sb3_dsrl.offline import exp_weights, train_critic
 from sb3_dsrl.policies import LatentPolicy
 from sb3_dsrl.progress import ProgressLoop
 from sb3_dsrl.steering import Steering
@@ -164,11 +165,10 @@ class _ExecutedNoise:
 
 @dataclass
 class _FreshCandidates:
-    """Batches of fresh candidates, half from the prior and half from the policy."""
+    """Batches of fresh candidates from the prior."""
 
     steering: Steering
     critic: EnsembleChunkCritic
-    policy: LatentPolicy
     cond: th.Tensor
     n_candidates: int
     kappa: float
@@ -176,9 +176,6 @@ class _FreshCandidates:
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         cond = self.cond[th.randint(len(self.cond), (batch_size,))]
         w = th.randn(batch_size, self.n_candidates, *self.steering.flow.noise_shape, device=cond.device)
-        from_policy = self.n_candidates // 2
-        own = self.policy.sample(cond.repeat_interleave(from_policy, dim=0))
-        w[:, :from_policy, self.steering.rows] = own.unflatten(0, (batch_size, from_policy))
         return cond, w, _score(self.steering, self.critic, cond, w, self.kappa)
 
 
@@ -247,7 +244,7 @@ class _WeightedCandidates:
 
 
 def pretrain_latent(
-    target: FlowPolicy | BaseAlgorithm,
+    target: NoisePolicy | BaseAlgorithm,
     demos: Demos | str | Path | None = None,
     rollouts: Rollouts | None = None,
     *,
@@ -289,8 +286,8 @@ def pretrain_latent(
     :param learning_rate: of stage 1's own Adam; a model's optimiser stays as it is
     :param n_candidates: M
     :param pool_size: candidates of each state that are drawn from the prior, decoded and scored once, beforehand; every
-        iteration takes M of them. None draws fresh ones at every iteration, half of them from the policy, which costs a
-        decode of ``batch_size * n_candidates`` noises each time.
+        iteration takes M of them. None draws fresh ones at every iteration, which costs a decode of
+        ``batch_size * n_candidates`` noises each time.
     :param kappa: the score is mean - kappa * std over the ensemble
     :param tau: temperature of the soft baseline
     :param beta: temperature of the weights; None is 1.0 for candidates and 0.3 for executed noises
@@ -358,7 +355,7 @@ def pretrain_latent(
         assert critic is not None and transitions is not None
         candidates: _FreshCandidates | _PooledCandidates
         if pool_size is None:
-            candidates = _FreshCandidates(steering, critic, policy, transitions.cond, n_candidates, kappa)
+            candidates = _FreshCandidates(steering, critic, transitions.cond, n_candidates, kappa)
         else:
             candidates = _PooledCandidates.build(
                 steering, critic, transitions.cond, pool_size, n_candidates, kappa, progress_bar
@@ -372,9 +369,9 @@ def pretrain_latent(
 
 
 def _steering_and_policy(
-    target: FlowPolicy | BaseAlgorithm, policy_kwargs: dict[str, Any] | None
+    target: NoisePolicy | BaseAlgorithm, policy_kwargs: dict[str, Any] | None
 ) -> tuple[Steering, LatentPolicy]:
-    if isinstance(target, FlowPolicy):
+    if isinstance(target, NoisePolicy):
         steering = Steering(target, target.gamma)
         spaces = steering.observation_space, steering.action_space
         return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **(policy_kwargs or {}))
@@ -404,7 +401,7 @@ def _check_rollouts_fit(steering: Steering, rollouts: Rollouts) -> None:
 
 
 def _all_transitions(
-    flow: FlowPolicy, demos: Demos | str | Path | None, rollouts: Rollouts | None, ignore_terminations: bool
+    flow: NoisePolicy, demos: Demos | str | Path | None, rollouts: Rollouts | None, ignore_terminations: bool
 ) -> FeatureTransitions:
     parts = []
     if demos is not None:
@@ -415,7 +412,7 @@ def _all_transitions(
 
 
 def _critic(
-    flow: FlowPolicy,
+    flow: NoisePolicy,
     transitions: FeatureTransitions,
     rollouts: Rollouts | None,
     tensorboard_log: str | Path | None,

@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.noise_policy import NoisePolicy
 
 SteerMode = Literal["full", "act_horizon"]
 
@@ -24,7 +24,7 @@ class NoiseSpace(spaces.Box):
 
     :param shape: (T, A), or (H, A) with ``steer_mode="act_horizon"``
     :param noise_bound: each entry lies in [-noise_bound, noise_bound]
-    :param flow_hash: :meth:`FlowPolicy.fingerprint`
+    :param flow_hash: :meth:`NoisePolicy.fingerprint`
     :param macro_gamma: discount of one macro-step, ``gamma ** H``
     :param seed: of the space's own generator
     """
@@ -58,9 +58,10 @@ def check_flow(flow: Any) -> None:
     """
     :raises TypeError: if this is not a flow, but the name of one, say
     """
-    if not isinstance(flow, FlowPolicy):
+    if not isinstance(flow, NoisePolicy):
         raise TypeError(
-            f"flow must be a FlowPolicy, found {type(flow).__name__}; load one with FlowPolicy.from_pretrained(folder)"
+            f"flow must be a FlowPolicy or another NoisePolicy, found {type(flow).__name__}; "
+            f"load one with FlowPolicy.from_pretrained(folder)"
         )
 
 
@@ -79,7 +80,7 @@ class Steering:
 
     def __init__(
         self,
-        flow: FlowPolicy,
+        flow: NoisePolicy,
         gamma: float = 0.99,
         noise_bound: float = 4.0,
         steer_mode: SteerMode = "full",

@@ -8,7 +8,8 @@ import signal
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import torch as th
 from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_dsrl.chunks import map_frames
+from sb3_dsrl.observations import map_frames
 
 EnvFn = Callable[[], gym.Env]
 
@@ -108,7 +109,8 @@ class ProcessWorker(Worker):
         context = multiprocessing.get_context("forkserver")
         self._pipe, remote = context.Pipe()
         self._process = context.Process(target=_serve, args=(remote, CloudpickleWrapper(list(env_fns))), daemon=True)
-        self._process.start()
+        with _one_thread_each():
+            self._process.start()
         remote.close()
         self._call = 0
         self._lost = False
@@ -153,6 +155,25 @@ class ProcessWorker(Worker):
     def available() -> int:
         """The cores that this process may use."""
         return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """
+    Libraries decide on their threads when they are loaded. The fork server loads them, and the first worker that starts
+    starts it; with one worker a core, more threads than one only take the cores away from each other.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")  # the last is Mesa's lavapipe
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _serve(pipe: Connection, env_fns: CloudpickleWrapper) -> None:

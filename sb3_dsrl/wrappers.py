@@ -20,16 +20,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_dsrl.batched import BatchedChunkEnv
-from sb3_dsrl.chunks import (
-    ActionScaler,
-    check_chunking,
-    chunk_space,
-    episode_summary,
-    map_frames,
-    stack_frames,
-    stacked_space,
-)
-from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
+from sb3_dsrl.noise_policy import NoisePolicy
+from sb3_dsrl.observations import map_frames, stack_frames
 from sb3_dsrl.steering import Steering, SteerMode, check_flow
 
 
@@ -84,6 +77,7 @@ class ActionChunkWrapper(gym.Wrapper):
         self.observation_space = stacked_space(env.observation_space, obs_horizon)
         self._scale = ActionScaler(env.action_space)  # type: ignore[arg-type]
         self._action_dtype = env.action_space.dtype
+        self._set_rendering = render_switch(env)
         self.env_id = env.spec.id if env.spec is not None else None
         self.control_mode: str | None = getattr(env.unwrapped, "control_mode", None)
         self._frames: deque[Any] = deque(maxlen=obs_horizon)
@@ -106,7 +100,10 @@ class ActionChunkWrapper(gym.Wrapper):
         actions = self._scale(np.asarray(chunk))
         macro_reward, terminated, truncated, k = 0.0, False, False, 0
         info: dict[str, Any] = {}
+        # Without terminations the policy sees the last frames of a chunk only; with them any frame may be the last.
+        first_seen = self.act_horizon - self.obs_horizon if self.ignore_terminations else 0
         for action in actions.astype(self._action_dtype):
+            self._set_rendering(k >= first_seen)
             obs, reward, ended, timed_out, info = self.env.step(action)
             macro_reward += self.gamma**k * float(reward)
             k += 1
@@ -180,7 +177,7 @@ class LatentSteeringWrapper(gym.Wrapper):
     def __init__(
         self,
         env: gym.Env,
-        flow: FlowPolicy,
+        flow: NoisePolicy,
         gamma: float | None = None,
         noise_bound: float = 4.0,
         steer_mode: SteerMode = "full",
@@ -245,7 +242,7 @@ class VecLatentSteering(VecEnvWrapper):
     def __init__(
         self,
         venv: VecEnv,
-        flow: FlowPolicy,
+        flow: NoisePolicy,
         noise_bound: float = 4.0,
         steer_mode: SteerMode = "full",
         num_steps: int | None = None,
@@ -335,15 +332,20 @@ def find_steering(env: gym.Env | VecEnv) -> Steering:
 
 
 def _check_env_fits(
-    flow: FlowPolicy, obs_space: spaces.Space, action_space: spaces.Space, env_id: str | None, control_mode: str | None
+    flow: NoisePolicy, obs_space: spaces.Space, action_space: spaces.Space, env_id: str | None, control_mode: str | None
 ) -> None:
     if None not in (env_id, flow.env_id) and env_id != flow.env_id:
         warnings.warn(f"The flow was trained on {flow.env_id}, but steers {env_id}", stacklevel=3)
     if None not in (control_mode, flow.control_mode) and control_mode != flow.control_mode:
         raise ValueError(f"The env has control_mode={control_mode!r}, but the flow's actions are for {flow.control_mode!r}")
+    obs_shapes = map_frames(lambda space: space.shape, obs_space.spaces if isinstance(obs_space, spaces.Dict) else obs_space)
     for what, found, expected in (
         ("chunks have shape (H, A)", action_space.shape, (flow.act_horizon, flow.action_dim)),
-        ("observations have shape (obs_horizon, D)", obs_space.shape, (flow.obs_horizon, flow.encoder.obs_dim)),
+        (
+            "observations have shape (obs_horizon, ...)",
+            obs_shapes,
+            map_frames(lambda shape: (flow.obs_horizon, *shape), flow.obs_shapes),
+        ),
     ):
         if found != expected:
             raise ValueError(f"The env does not fit the flow: its {what} = {found}, but the flow's are {expected}")

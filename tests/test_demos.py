@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from sb3_dsrl.demos import action_windows, chunk_transitions, load_demos, stack_frames
+from sb3_dsrl.demos import action_windows, chunk_transitions, frame_history, load_demos
 from tests.demo_files import scripted_episode, write_demos
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "demos" / "PushCube-v1.h5"
@@ -74,7 +74,7 @@ def test_control_mode_of_the_episodes_wins(tmp_path: Path, modes: str | None, en
 @pytest.mark.parametrize("obs_horizon", [1, 2, 5])
 def test_stack_frames_against_a_loop(obs_horizon: int) -> None:
     obs = scripted_episode(4)["obs"]
-    stacked = stack_frames(obs, obs_horizon)
+    stacked = frame_history(obs, obs_horizon)
     assert stacked.shape == (5, obs_horizon, 3)
     for t in range(5):
         for j in range(obs_horizon):

@@ -6,7 +6,8 @@ import pytest
 import torch as th
 from torch.nn import functional as F
 
-from sb3_dsrl.networks import EnsembleChunkCritic, StateEncoder, VelocityMLP, VelocityNet, VelocityUNet
+from sb3_dsrl.encoders import StateEncoder
+from sb3_dsrl.networks import EnsembleChunkCritic, VelocityMLP, VelocityNet, VelocityUNet
 
 B, T, A, C = 3, 8, 2, 5
 

@@ -12,14 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, demo_transitions, train_critic, train_flow
-from sb3_dsrl.demos import ChunkTransitions, Demos, Episode, chunk_transitions
+from sb3_dsrl.demos import Demos, Episode, chunk_transitions
+from sb3_dsrl.losses import shortcut_loss
 from sb3_dsrl.offline import (
     FeatureTransitions,
     check_demos_fit,
     critic_td_loss,
-    encode_transitions,
     exp_weights,
-    shortcut_loss,
 )
 from tests.toys import linear_flow
 
@@ -291,18 +290,10 @@ def test_feature_transitions_add_and_index() -> None:
         assert th.equal(value, expected), name
 
 
-def test_encode_transitions_keeps_rows_together() -> None:
-    rng = np.random.default_rng(0)
-    raw = ChunkTransitions(*(rng.standard_normal(s).astype(np.float32) for s in ((4, 1, 3), (4, 1, 2), 4, 4, (4, 1, 3))))
-    found = encode_transitions(linear_flow(obs_dim=3), raw)
-    for name, expected in (("cond", raw.obs[:, 0]), ("next_cond", raw.next_obs[:, 0]), ("reward", raw.reward)):
-        np.testing.assert_allclose(getattr(found, name), expected)
-
-
 @pytest.mark.parametrize(
     ("flow_kwargs", "sentence"),
     [
-        (dict(obs_dim=4), r"observation dimensions is 3 in the demos, 4 in the flow"),
+        (dict(obs_dim=4), r"the shape of an observation is \(3,\) in the demos, \(4,\) in the flow"),
         (dict(action_dim=5), r"action dimensions is 2 in the demos, 5 in the flow"),
         (dict(control_mode="pd_ee_pose"), r"control_mode is 'pd_joint_pos' in the demos, 'pd_ee_pose' in the flow"),
         (dict(env_id="PickCube-v1"), r"env_id is 'PushCube-v1' in the demos, 'PickCube-v1' in the flow"),

@@ -340,7 +340,7 @@ def test_chunk_wrapper_refuses(env, kwargs: dict, sentence: str):
         (
             lambda: scripted(obs_dim=7),
             {},
-            r"observations have shape \(obs_horizon, D\) = \(2, 7\), but the flow's are \(2, 3\)",
+            r"observations have shape \(obs_horizon, ...\) = \(2, 7\), but the flow's are \(2, 3\)",
         ),
         (lambda: _with_control_mode("pd_joint_pos"), {}, "control_mode='pd_joint_pos', but .* are for 'pd_ee_delta_pose'"),
     ],

@@ -1,0 +1,47 @@
+"""Evaluates a flow, and what steers it, on the same episodes.
+
+    python examples/evaluate.py --awsc_checkpoint runs/pickcube_flow/flow --stage1_checkpoint runs/pickcube_stage1/stage1.pt \\
+        --model runs/pickcube_stage2/checkpoints/final.zip
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import FlowArgs, Run, cli, load_flow, make_env
+from stable_baselines3 import PPO
+
+from sb3_dsrl import LatentPolicy
+from sb3_dsrl.evaluation import Player
+
+
+@dataclass(kw_only=True)
+class Args(FlowArgs):
+    """Evaluation."""
+
+    stage1_checkpoint: Path | None = None
+    """Latent policy of train_latent_offline.py."""
+    model: Path | None = None
+    """Model of train_latent_online.py."""
+
+
+def main(args: Args) -> None:
+    """Prints a table: the flow's prior, w = 0, and each policy, deterministic and sampled."""
+    flow = load_flow(args)
+    env = make_env(args, flow, args.num_eval_envs)
+    players: dict[str, Player] = {}
+    if args.stage1_checkpoint is not None:
+        players["stage1"] = LatentPolicy.load(str(args.stage1_checkpoint))
+    if args.model is not None:
+        players["stage2"] = PPO.load(args.model, env=env)
+    run = Run("evaluate", args, args.env_id or str(flow.env_id))
+    for control in ("prior", "zero"):
+        run.evaluate(control, control, env, flow)
+    for name, player in players.items():
+        run.evaluate(name, player, env, flow)
+        run.evaluate(f"{name}_stochastic", player, env, flow, deterministic=False)
+    env.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -1,0 +1,114 @@
+"""Stage 0: a flow policy and its chunk critic from ManiSkill demos, state or images.
+
+    python examples/train_flow.py --demo_path demos/PickCube-v1.h5 --exp_name pickcube_flow
+
+The result is a folder, runs/<exp_name>/flow, that FlowPolicy.from_pretrained and the scripts of the other stages load.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common import Run, RunArgs, cli
+
+from sb3_dsrl import (
+    FlowPolicy,
+    VelocityMLP,
+    VelocityUNet,
+    demo_transitions,
+    load_demos,
+    make_latent_env,
+    train_critic,
+    train_flow,
+)
+
+
+@dataclass(kw_only=True)
+class Args(RunArgs):
+    """Stage 0."""
+
+    demo_path: Path
+    """ManiSkill trajectory file (.h5, its .json beside it)."""
+    num_demos: int | None = None
+    """Use the first so many demos; all if not given."""
+    obs_mode: str | None = None
+    """A check: the demos must have this observation mode."""
+    control_mode: str | None = None
+    """A check: the demos must be for this controller."""
+    policy: Literal["shortcut", "diffusion"] = "shortcut"
+    """Shortcut flow, or diffusion policy decoded by DDIM."""
+    network: Literal["unet", "mlp"] = "unet"
+    """Velocity network."""
+    obs_horizon: int | None = None
+    """Frames that the policy sees; 2 for state, 1 for images if not given."""
+    pred_horizon: int = 16
+    """Length of a chunk."""
+    act_horizon: int = 8
+    """Env steps of each chunk that are executed."""
+    num_inference_steps: int = 8
+    """Decoding steps."""
+    total_iters: int = 3_000
+    """Optimiser steps of the flow."""
+    critic_iters: int = 2_000
+    """Optimiser steps of the critic; 0 trains none."""
+    batch_size: int = 128
+    """Windows in a batch."""
+    lr: float = 1e-3
+    """Learning rate of the flow."""
+    gamma: float = 0.99
+    """Discount per env step."""
+    reward_scale: float = 1.0
+    """Factor on rewards."""
+
+
+def main(args: Args) -> None:
+    """Trains, evaluates the unsteered flow and saves it."""
+    demos = load_demos(args.demo_path, args.num_demos, args.control_mode)
+    for flag, wanted, found in (("obs_mode", args.obs_mode, demos.obs_mode), ("env_id", args.env_id, demos.env_id)):
+        if wanted is not None and wanted != found:
+            raise ValueError(f"--{flag} is {wanted}, but {args.demo_path} holds {found}")
+    run = Run("train_flow", args, demos.env_id)
+    policy_class: type[FlowPolicy] = FlowPolicy
+    if args.policy == "diffusion":
+        from sb3_dsrl.diffusion import DiffusionPolicy
+
+        policy_class = DiffusionPolicy
+    flow = train_flow(
+        demos,
+        policy_class=policy_class,
+        velocity_class=VelocityUNet if args.network == "unet" else VelocityMLP,
+        obs_horizon=args.obs_horizon or (1 if demos.image_shapes else 2),
+        pred_horizon=args.pred_horizon,
+        act_horizon=args.act_horizon,
+        num_steps=args.num_inference_steps,
+        gamma=args.gamma,
+        reward_scale=args.reward_scale,
+        n_iterations=args.total_iters,
+        batch_size=args.batch_size,
+        learning_rate=args.lr,
+        tensorboard_log=run.tensorboard / "flow",
+        progress_bar=True,
+    )
+    if args.critic_iters:
+        transitions = demo_transitions(flow, demos, ignore_terminations=args.reward_mode != "sparse")
+        log = run.tensorboard / "critic"
+        train_critic(flow, transitions, n_iterations=args.critic_iters, tensorboard_log=log, progress_bar=True)
+    flow.save_pretrained(run.folder / "flow")
+    if args.num_eval_episodes:
+        env = make_latent_env(
+            demos.env_id,
+            flow,
+            args.num_eval_envs,
+            sim_backend=args.sim_backend,
+            reward_mode=args.reward_mode,
+            max_episode_steps=args.max_episode_steps,
+            gamma=args.gamma,
+        )
+        for control in ("prior", "zero"):
+            run.evaluate(control, control, env, flow)
+        env.close()
+    run.finish(demos=len(demos.episodes))
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -1,0 +1,105 @@
+"""Training pairs of stage 0: what is seen, and the T actions from now on.
+
+Letters in shapes: ``B`` batch, ``n`` windows, ``T`` = pred_horizon, ``A`` action dim, ``C`` features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from sb3_dsrl.demos import Demos, action_windows, chunks_from_now
+from sb3_dsrl.encoders import random_shift
+from sb3_dsrl.features import encode_demos
+from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.observations import map_frames, stack_frames
+
+Batch = tuple[th.Tensor, th.Tensor, th.Tensor | None]
+
+
+class FeatureWindows:
+    """
+    Windows whose features do not change: they are encoded once.
+
+    :param flow: its encoder is used
+    :param demos: the demos
+    """
+
+    def __init__(self, flow: FlowPolicy, demos: Demos) -> None:
+        obs, chunk = action_windows(encode_demos(flow, demos), 1, flow.pred_horizon)
+        self.cond, self.chunk = th.from_numpy(obs[:, 0]).to(flow.device), th.from_numpy(chunk).to(flow.device)
+        #: weight of each window, (n,); None is 1
+        self.weights: th.Tensor | None = None
+
+    def sample(self, batch_size: int) -> Batch:
+        """
+        :param batch_size: B
+        :return: features (B, C), chunks (B, T, A), weights (B,) or None
+        """
+        index = th.randint(len(self.chunk), (batch_size,), device=self.chunk.device)
+        return self.cond[index], self.chunk[index], None if self.weights is None else self.weights[index]
+
+
+class ImageWindows:
+    """
+    Windows of demos with images, encoded anew in every batch while the encoder learns.
+
+    Only some episodes are held in memory. If not all of them fit, the oldest one makes room for the next after every
+    ``turnover`` batches, in an order that is shuffled once.
+
+    :param flow: its encoder is used, with gradients
+    :param demos: the demos
+    :param random_shift_pad: largest random shift in pixels
+    :param memory: bytes of images that may be held
+    :param turnover: batches between two changes
+    """
+
+    def __init__(
+        self, flow: FlowPolicy, demos: Demos, random_shift_pad: int = 4, memory: float = 2e9, turnover: int = 4
+    ) -> None:
+        self._flow, self._pad, self._turnover = flow, random_shift_pad, turnover
+        self._episodes = demos.episodes
+        self._chunks = [chunks_from_now(episode, demos.control_mode, flow.pred_horizon) for episode in demos.episodes]
+        order = th.randperm(len(self._episodes)).tolist()
+        self._next = itertools.cycle(order)
+        self._held: deque[tuple[int, Any]] = deque()
+        used = 0
+        while len(self._held) < len(order) and (not self._held or used < memory):
+            used += self._load()
+        self._batches = 0
+
+    def _load(self) -> int:
+        i = next(self._next)
+        obs = self._episodes[i].read_obs()
+        self._held.append((i, obs))
+        return sum(x.nbytes for x in obs.values())
+
+    def sample(self, batch_size: int) -> Batch:
+        """
+        :param batch_size: B
+        :return: features (B, C), chunks (B, T, A), None
+        """
+        self._batches += 1
+        if len(self._held) < len(self._episodes) and self._batches % self._turnover == 0:
+            self._held.popleft()
+            self._load()
+        ends = np.cumsum([len(self._chunks[i]) for i, _ in self._held])
+        samples = th.randint(int(ends[-1]), (batch_size,)).numpy()
+        owners = np.searchsorted(ends, samples, side="right")
+        steps = samples - np.append(0, ends)[owners]
+        horizon = self._flow.obs_horizon
+        frames, chunks = [], []
+        for owner, step in zip(owners, steps, strict=True):
+            i, obs = self._held[owner]
+            history = np.arange(step + 1 - horizon, step + 1).clip(min=0)
+            frames.append(map_frames(lambda x, history=history: x[history], obs))
+            chunks.append(self._chunks[i][step])
+        batch = map_frames(lambda x: th.from_numpy(x).to(self._flow.device), stack_frames(frames))
+        if self._pad:
+            images = random_shift({key: x for key, x in batch.items() if x.dim() == 5}, self._pad)
+            batch |= images
+        return self._flow.encode(batch), th.from_numpy(np.stack(chunks)).to(self._flow.device), None

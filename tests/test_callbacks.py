@@ -1,0 +1,55 @@
+"""The learning curve that SuccessEvalCallback keeps, and the models that it saves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_dsrl import SuccessEvalCallback, evaluate, ppo_kwargs
+from tests.envs import scripted, tiny_flow, vec_steered
+
+
+def steered() -> VecEnv:
+    envs = [scripted(20, episode_lengths=(100,), success_steps=range(15, 30), random_start=True) for _ in range(2)]
+    return vec_steered(tiny_flow(), envs, ignore_terminations=True)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_learning_curve(tmp_path: Path, stochastic: bool) -> None:
+    env, eval_env = steered(), steered()
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, n_steps=8, batch_size=8, n_epochs=1, seed=0))
+    callback = SuccessEvalCallback(
+        eval_env, eval_freq=90, n_eval_episodes=4, stochastic=stochastic, save_path=tmp_path, env_steps=1000
+    )
+    model.learn(8 * 2 * 5, callback)
+    # a rollout is 8 macro-steps of 3 env steps in 2 envs: 48; measured at the start, after every second one, at the end
+    assert [steps for steps, *_ in callback.history] == [1000, 1096, 1192, 1240]
+    assert callback.env_steps == 1240 and callback.env_steps_per_second > 0
+    for _, mean, sampled in callback.history:
+        assert mean.episodes == 4 and mean.success_at_end == 1.0
+        assert (sampled is not None) == stochastic
+    assert {path.name for path in tmp_path.iterdir()} == {"latest.zip", "best_success_at_end.zip", "best_success_once.zip"}
+    latest = PPO.load(tmp_path / "latest.zip", env=eval_env)
+    for ours, theirs in zip(latest.policy.parameters(), model.policy.parameters(), strict=True):
+        assert th.equal(ours, theirs)
+
+
+def test_best_model_is_the_first_of_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = steered()
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, n_steps=8, batch_size=8, n_epochs=1, seed=0))
+    scores = iter([0.25, 0.75, 0.75, 0.5])
+    saved: list[Any] = []
+
+    def scored(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        result.success_at_end = next(scores)
+        return result
+
+    monkeypatch.setattr("sb3_dsrl.callbacks.evaluate", scored)
+    monkeypatch.setattr(model, "save", lambda path: saved.append((model.num_timesteps, Path(path).stem)))
+    model.learn(8 * 2 * 2, SuccessEvalCallback(steered(), eval_freq=1, n_eval_episodes=2, save_path=tmp_path))
+    assert [steps for steps, name in saved if name == "best_success_at_end"] == [0, 16]
+    assert [steps for steps, name in saved if name == "latest"] == [0, 16, 32, 32]

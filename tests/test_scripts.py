@@ -1,0 +1,113 @@
+"""The scripts of the three stages, one after the other, as a user runs them; and what they say to wrong flags."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stable_baselines3 import PPO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sb3_dsrl import FlowPolicy, LatentPolicy
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DEMOS = EXAMPLES / "demos" / "PushCube-v1.h5"
+EVALUATION = ("--num_eval_envs", 1, "--num_eval_episodes", 2, "--max_episode_steps", 12)
+
+
+def run(script: str, folder: Path, *flags: object) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    command = [sys.executable, str(EXAMPLES / script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+
+
+def report(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "runs" / name / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all four scripts ran."""
+    folder = tmp_path_factory.mktemp("scripts")
+    small = ("--network", "mlp", "--pred_horizon", 4, "--act_horizon", 4, "--num_inference_steps", 2, "--critic_iters", 5)
+    flow = ("--awsc_checkpoint", folder / "runs" / "a" / "flow", "--num_envs", 1)
+    stage1 = ("--stage1_checkpoint", folder / "runs" / "b" / "stage1.pt")
+    for script, flags in (
+        ("train_flow.py", ("--demo_path", DEMOS, "--num_demos", 5, *small, "--total_iters", 10, "--exp_name", "a")),
+        ("train_latent_offline.py", (*flow, "--rollout_episodes", 2, "--total_iters", 3, "--exp_name", "b", "--track")),
+        (
+            "train_latent_online.py",
+            (
+                *(*flow, *stage1, "--total_timesteps", 64, "--rollout_steps", 8, "--ppo_epochs", 1, "--exp_name", "c"),
+                *("--eval_freq", 32, "--eval_freq_episodes", 1, "--prior_mix_ratio", 0.2, "--lr", 1e-3, "--capture_video"),
+            ),
+        ),
+        (
+            "evaluate.py",
+            (*flow, *stage1, "--model", folder / "runs" / "c" / "checkpoints" / "final.zip", "--exp_name", "d"),
+        ),
+    ):
+        done = run(script, folder, *flags, *EVALUATION)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "success_at_end" in done.stdout
+    return folder
+
+
+def test_stage_0(runs: Path) -> None:
+    flow = FlowPolicy.from_pretrained(runs / "runs" / "a" / "flow")
+    assert (flow.pred_horizon, flow.act_horizon, flow.num_steps, flow.env_id) == (4, 4, 2, "PushCube-v1")
+    assert flow.critic is not None and flow.critic.updates == 5
+    assert [row["name"] for row in report(runs, "a")["rows"]] == ["prior", "zero"]
+    assert report(runs, "a")["demos"] == 5
+
+
+def test_stage_1(runs: Path) -> None:
+    policy = LatentPolicy.load(str(runs / "runs" / "b" / "stage1.pt"))
+    assert policy.flow_hash == FlowPolicy.from_pretrained(runs / "runs" / "a" / "flow").fingerprint()
+    assert report(runs, "b")["env_steps"] == 2 * 12
+    assert [row["name"] for row in report(runs, "b")["rows"]] == ["prior", "stage1", "stage1_stochastic"]
+
+
+def test_weights_and_biases_offline(runs: Path) -> None:
+    assert list((runs / "runs" / "b" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_stage_2(runs: Path) -> None:
+    found = report(runs, "c")
+    assert [point["env_steps"] for point in found["curve"]] == [24, 56, 88, 88]
+    assert found["env_steps"] == 88 and found["stage1_env_steps"] == 24 and found["peak_memory_mb"] > 100
+    folder = runs / "runs" / "c"
+    names = {"latest.zip", "best_success_at_end.zip", "best_success_once.zip", "final.zip"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == names
+    model = PPO.load(folder / "checkpoints" / "final.zip")
+    assert (model.n_steps, model.n_epochs, model.num_timesteps) == (8, 1, 16)
+    assert {path.name for path in (folder / "videos").iterdir()} == {"prior.mp4", "stage2.mp4", "stage2_stochastic.mp4"}
+    assert all(path.stat().st_size > 1000 for path in (folder / "videos").iterdir())
+    log = EventAccumulator(str(next((folder / "tensorboard").glob("stage2*"))))
+    log.Reload()
+    assert {"eval/success_at_end", "time/env_steps", "train/loss"} <= set(log.Tags()["scalars"])
+
+
+def test_evaluate(runs: Path) -> None:
+    names = ["prior", "zero", "stage1", "stage1_stochastic", "stage2", "stage2_stochastic"]
+    assert [row["name"] for row in report(runs, "d")["rows"]] == names
+    assert report(runs, "d")["rows"][0] == report(runs, "c")["rows"][0]  # the same episodes
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "sentence"),
+    [
+        ("train_flow.py", ("--demo_path", "none.h5"), "none.h5 does not exist"),
+        ("train_flow.py", ("--demo_path", DEMOS, "--control_mode", "pd_ee_delta_pose"), "expected 'pd_ee_delta_pose'"),
+        ("train_latent_online.py", ("--awsc_checkpoint", "nowhere"), "nowhere is neither a folder"),
+        ("evaluate.py", ("--awsc_checkpoint", "runs/a/flow", "--pred_horizon", 16), "--pred_horizon is 16, but the flow in"),
+        ("evaluate.py", ("--awsc_checkpoint", "agent.pt"), "agent.pt does not tell obs_horizon (or state_dim), pred_horizon"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(runs: Path, script: str, flags: tuple[object, ...], sentence: str) -> None:
+    done = run(script, runs, *flags)
+    assert done.returncode == 2
+    assert sentence in done.stderr and "Traceback" not in done.stderr

@@ -149,8 +149,9 @@ class ImageEncoder(ObsEncoder):
 
 class SpatialSoftmaxConv(Network):
     """
-    Small backbone: four convolutions and a spatial softmax (https://arxiv.org/abs/1504.00702), which says *where* each feature
-    is. That needs fewer demos than pooling, which says that it is somewhere. Group norms keep the softmax from starting flat.
+    Small backbone: three convolutions and a spatial softmax (https://arxiv.org/abs/1504.00702), which says *where* each
+    feature is. That needs fewer demos than pooling, which says that it is somewhere. Group norms keep the softmax from
+    starting flat.
 
     :param in_channels: of the image
     :param out_dim: features
@@ -160,7 +161,7 @@ class SpatialSoftmaxConv(Network):
         super().__init__(in_channels=in_channels, out_dim=out_dim)
         self.out_dim = out_dim
         layers: list[nn.Module] = []
-        for c_in, c_out, kernel, stride in ((in_channels, 16, 5, 2), (16, 32, 3, 2), (32, 64, 3, 2), (64, 64, 3, 1)):
+        for c_in, c_out, kernel, stride in ((in_channels, 32, 7, 4), (32, 64, 3, 2), (64, 64, 3, 1)):
             layers += [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2), nn.GroupNorm(c_out // 8, c_out), nn.ReLU()]
         self.convs = nn.Sequential(*layers[:-1])
         self.outlet = nn.Sequential(nn.Linear(128, out_dim), nn.ReLU())

@@ -130,12 +130,13 @@ def tiny_flow(
     act_horizon: int = 3,
     obs_horizon: int = 2,
     seed: int = 0,
+    policy_class: type[FlowPolicy] = FlowPolicy,
     **kwargs: Any,
 ) -> FlowPolicy:
     """An untrained, frozen flow that decodes in 2 steps. Another seed is another flow; the global generator is left alone."""
     with th.random.fork_rng(devices=[]):
         th.manual_seed(seed)
-        flow = FlowPolicy.create(
+        flow = policy_class.create(
             obs_dim,
             action_dim,
             obs_horizon,

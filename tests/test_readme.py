@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_legacy import Checkpoint
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
@@ -17,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty folder with the repository's examples in it; later blocks find what earlier ones have written."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "examples").symlink_to(ROOT / "examples")
+    Checkpoint(folder / "best_eval_success_once.pt")
     return folder
 
 

@@ -41,6 +41,9 @@ class RunArgs:
     """Time limit in env steps; the registered one if not given."""
     reward_mode: str = "normalized_dense"
     """ManiSkill reward mode."""
+    ignore_terminations: bool | None = None
+    """Go on after success until the time limit. If not given: yes, except with a sparse reward. (A dense reward that ends at
+    success pays for stalling.)"""
     capture_video: bool = False
     """Film two episodes of each evaluated policy."""
     track: bool = False
@@ -49,6 +52,11 @@ class RunArgs:
     """Weights & Biases project."""
     torch_threads: int = 1
     """Threads of this process; simulators have processes of their own."""
+
+    @property
+    def ignores_terminations(self) -> bool:
+        """Whether episodes go on after success."""
+        return self.reward_mode != "sparse" if self.ignore_terminations is None else self.ignore_terminations
 
 
 @dataclass(kw_only=True)
@@ -111,7 +119,7 @@ def make_env(args: FlowArgs, flow: FlowPolicy, n_envs: int, seed: int | None = N
         n_envs,
         sim_backend=args.sim_backend,
         reward_mode=args.reward_mode,
-        ignore_terminations=args.reward_mode != "sparse",
+        ignore_terminations=args.ignores_terminations,
         max_episode_steps=args.max_episode_steps,
         gamma=flow.gamma if args.gamma is None else args.gamma,
         steer_mode=args.steer_mode,

@@ -90,7 +90,7 @@ def main(args: Args) -> None:
         progress_bar=True,
     )
     if args.critic_iters:
-        transitions = demo_transitions(flow, demos, ignore_terminations=args.reward_mode != "sparse")
+        transitions = demo_transitions(flow, demos, ignore_terminations=args.ignores_terminations)
         log = run.tensorboard / "critic"
         train_critic(flow, transitions, n_iterations=args.critic_iters, tensorboard_log=log, progress_bar=True)
     flow.save_pretrained(run.folder / "flow")

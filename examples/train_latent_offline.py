@@ -87,7 +87,7 @@ def main(args: Args) -> None:
             beta=args.advantage_temperature,
             tau=args.tau,
             kl_coef=args.kl_coef,
-            ignore_terminations=args.reward_mode != "sparse",
+            ignore_terminations=args.ignores_terminations,
             tensorboard_log=run.tensorboard / "stage1",
             progress_bar=True,
         )

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sb3_dsrl import FlowPolicy, LatentPolicy
 
+pytestmark = pytest.mark.timeout(900)  # the fixture runs four scripts
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEMOS = EXAMPLES / "demos" / "PushCube-v1.h5"
 EVALUATION = ("--num_eval_envs", 1, "--num_eval_episodes", 2, "--max_episode_steps", 12)

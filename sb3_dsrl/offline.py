@@ -114,7 +114,8 @@ def train_flow(
         about = dict(env_id=demos.env_id, obs_mode=demos.obs_mode, control_mode=demos.control_mode)
         sizes = dict(obs_dim=demos.obs_dim, action_dim=demos.action_dim, image_shapes=demos.image_shapes)
         flow = policy_class.create(**(sizes | about | create_kwargs))
-        flow.encoder.fit(th.from_numpy(demos.frames()))
+        if demos.obs_dim:
+            flow.encoder.fit(th.from_numpy(demos.frames()))
     check_demos_fit(flow, demos)
     learns_to_see = train_encoder and any(True for _ in flow.encoder.parameters())
     windows: FeatureWindows | ImageWindows

@@ -149,7 +149,6 @@ def noises(n: int, n_envs: int, flow: FlowPolicy) -> np.ndarray:
         (FlowPolicy, 8, {}),
         (FlowPolicy, 3, dict(ignore_terminations=True, reward_scale=0.5)),
         (DiffusionPolicy, 3, {}),
-        (DiffusionPolicy, 8, dict(ignore_terminations=True, reward_scale=0.5)),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

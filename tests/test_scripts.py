@@ -103,7 +103,7 @@ def test_evaluate(runs: Path) -> None:
     [
         ("train_flow.py", ("--demo_path", "none.h5"), "none.h5 does not exist"),
         ("train_flow.py", ("--demo_path", DEMOS, "--control_mode", "pd_ee_delta_pose"), "expected 'pd_ee_delta_pose'"),
-        ("train_latent_online.py", ("--awsc_checkpoint", "nowhere"), "nowhere is neither a folder"),
+        ("train_latent_online.py", ("--awsc_checkpoint", "no/such/folder"), "no/such/folder is neither a folder"),
         ("evaluate.py", ("--awsc_checkpoint", "runs/a/flow", "--pred_horizon", 16), "--pred_horizon is 16, but the flow in"),
         ("evaluate.py", ("--awsc_checkpoint", "agent.pt"), "agent.pt does not tell obs_horizon (or state_dim), pred_horizon"),
     ],

@@ -1,5 +1,6 @@
 """A diffusion policy that can be steered: DDIM without noise of its own maps each noise to one chunk."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch as th
@@ -73,6 +74,7 @@ class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "di
         return {"flow/noise_prediction_loss": noise_prediction_loss(self.velocity(noisy, *_times(k), cond), noise, weights)}
 
 
+@lru_cache(maxsize=1)  # building the schedule takes a Python loop; every user sets its time steps itself
 def _scheduler() -> Any:  # diffusers' lazy imports hide its types
     return DDIMScheduler(N_LEVELS, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
 

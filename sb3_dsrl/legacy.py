@@ -228,13 +228,12 @@ def _critic(path: Path, agent: Tensors, cond_dim: int, action_dim: int) -> Ensem
             f"{path}: the critic has {n_inputs} inputs, expected {cond_dim} features and a multiple of {action_dim} actions"
         )
     critic = EnsembleChunkCritic(cond_dim, act_horizon, action_dim, len(heads), width)
-    single = EnsembleChunkCritic(cond_dim, act_horizon, action_dim, 1, width)
-    known = {name for name in single.state_dict() if name != "updates"}
-    state: dict[str, list[th.Tensor]] = {name[4:]: [] for name in known}
+    shapes = {name: tuple(value.shape[1:]) for name, value in critic.net.state_dict().items()}  # of one head
+    state: dict[str, list[th.Tensor]] = {name: [] for name in shapes}
     for prefix, head in zip(prefixes, heads, strict=True):
         for name, found in state.items():
             value = _get(path, agent, prefix + name)
-            expected = tuple(single.state_dict()["net." + name].shape[1:])
+            expected = shapes[name]
             value = value.T if value.dim() == 2 else value[None]
             if value.shape != expected:
                 raise ValueError(f"{path}: '{prefix}{name}' has shape {tuple(value.T.shape)}, expected {expected[::-1]}")

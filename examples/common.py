@@ -54,6 +54,11 @@ class RunArgs:
     """Threads of this process; simulators have processes of their own."""
 
     @property
+    def steering(self) -> dict[str, Any]:
+        """What the flags say about steering; the flow's own if nothing."""
+        return {}
+
+    @property
     def ignores_terminations(self) -> bool:
         """Whether episodes go on after success."""
         return self.reward_mode != "sparse" if self.ignore_terminations is None else self.ignore_terminations
@@ -83,6 +88,11 @@ class FlowArgs(RunArgs):
     steer_mode: Literal["full", "act_horizon"] = "full"
     """Steer all of the noise, or only the rows of the actions that are executed."""
 
+    @property
+    def steering(self) -> dict[str, Any]:
+        flags: dict[str, Any] = dict(steer_mode=self.steer_mode, num_steps=self.num_inference_steps)
+        return flags if self.gamma is None else flags | dict(gamma=self.gamma)
+
 
 def load_flow(args: FlowArgs) -> FlowPolicy:
     """The flow of ``--awsc_checkpoint``, checked against the flags."""
@@ -108,7 +118,7 @@ def load_flow(args: FlowArgs) -> FlowPolicy:
     return flow
 
 
-def make_env(args: FlowArgs, flow: FlowPolicy, n_envs: int, seed: int | None = None) -> VecLatentSteering:
+def make_env(args: RunArgs, flow: FlowPolicy, n_envs: int, seed: int | None = None) -> VecLatentSteering:
     """Steered envs as the flags say."""
     env_id = args.env_id or flow.env_id
     if env_id is None:
@@ -121,10 +131,8 @@ def make_env(args: FlowArgs, flow: FlowPolicy, n_envs: int, seed: int | None = N
         reward_mode=args.reward_mode,
         ignore_terminations=args.ignores_terminations,
         max_episode_steps=args.max_episode_steps,
-        gamma=flow.gamma if args.gamma is None else args.gamma,
-        steer_mode=args.steer_mode,
-        num_steps=args.num_inference_steps,
         seed=seed,
+        **(dict(gamma=flow.gamma) | args.steering),
     )
 
 

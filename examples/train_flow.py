@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import Run, RunArgs, cli
+from common import Run, RunArgs, cli, make_env
 
 from sb3_dsrl import (
     FlowPolicy,
@@ -17,7 +17,6 @@ from sb3_dsrl import (
     VelocityUNet,
     demo_transitions,
     load_demos,
-    make_latent_env,
     train_critic,
     train_flow,
 )
@@ -95,15 +94,7 @@ def main(args: Args) -> None:
         train_critic(flow, transitions, n_iterations=args.critic_iters, tensorboard_log=log, progress_bar=True)
     flow.save_pretrained(run.folder / "flow")
     if args.num_eval_episodes:
-        env = make_latent_env(
-            demos.env_id,
-            flow,
-            args.num_eval_envs,
-            sim_backend=args.sim_backend,
-            reward_mode=args.reward_mode,
-            max_episode_steps=args.max_episode_steps,
-            gamma=args.gamma,
-        )
+        env = make_env(args, flow, args.num_eval_envs)
         for control in ("prior", "zero"):
             run.evaluate(control, control, env, flow)
         env.close()

@@ -23,7 +23,7 @@ from sb3_dsrl.tickets import Ticket, find_ticket
 from sb3_dsrl.wrappers import ActionChunkWrapper, LatentSteeringWrapper, VecLatentSteering
 
 if TYPE_CHECKING:
-    from sb3_dsrl.maniskill import make_latent_env
+    from sb3_dsrl.maniskill import make_chunk_env, make_latent_env
 
 __version__ = "0.1.0"
 
@@ -55,6 +55,7 @@ __all__ = [
     "find_ticket",
     "load_awsc_checkpoint",
     "load_demos",
+    "make_chunk_env",
     "make_latent_env",
     "ppo_kwargs",
     "pretrain_latent",
@@ -66,8 +67,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Importing sb3_dsrl must not import ManiSkill.
-    if name == "make_latent_env":
-        from sb3_dsrl.maniskill import make_latent_env
+    if name in ("make_chunk_env", "make_latent_env"):
+        from sb3_dsrl import maniskill
 
-        return make_latent_env
+        return getattr(maniskill, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

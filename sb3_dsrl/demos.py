@@ -322,11 +322,19 @@ def frame_history(obs: Any, obs_horizon: int) -> Any:
     :return: (L + 1, obs_horizon, ...), oldest first, or a dict of such
     """
 
-    def stack(x: np.ndarray) -> np.ndarray:
-        steps = np.arange(len(x))[:, None] + np.arange(1 - obs_horizon, 1)
-        return x[steps.clip(min=0)]
+    return map_frames(lambda x: x[seen_steps(np.arange(len(x)), obs_horizon)], obs)
 
-    return map_frames(stack, obs)
+
+def seen_steps(steps: np.ndarray, obs_horizon: int) -> np.ndarray:
+    """
+    The steps whose observations are seen at a step: itself and those before it, or the first one in place of what came
+    before the reset.
+
+    :param steps: (n,)
+    :param obs_horizon: frames
+    :return: (n, obs_horizon), oldest first
+    """
+    return (steps[:, None] + np.arange(1 - obs_horizon, 1)).clip(min=0)
 
 
 def chunks_from_now(episode: Episode, control_mode: str, pred_horizon: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The frozen policy that is steered: noise in, action chunk out."""
 
 # No ``from __future__ import annotations`` here: the hub mixin reads the annotations of ``__init__`` to rebuild networks.
+import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,15 @@ def _from_config(config: Any) -> Any:
 CODERS: dict[type, Any] = {
     net: (lambda net: type(net).__name__, _from_config) for net in (VelocityNet, ObsEncoder, EnsembleChunkCritic)
 }
+
+
+#: Subclasses that come with the package, for folders that name them
+SUBCLASSES = {"DiffusionPolicy": "sb3_dsrl.diffusion"}
+
+
+def _saved_by(folder: Path) -> type["FlowPolicy"]:
+    name = json.loads((folder / "config.json").read_text()).get("policy_class")
+    return getattr(import_module(SUBCLASSES[name]), name) if name in SUBCLASSES else FlowPolicy
 
 
 class FlowPolicy(
@@ -217,6 +228,7 @@ class FlowPolicy(
     ) -> "FlowPolicy":
         """
         Loads a folder written by ``save_pretrained``, or a repository of the Hugging Face hub. The result is frozen.
+        ``FlowPolicy`` itself loads folders of its subclasses, too, as what they are.
 
         :param pretrained_model_name_or_path: folder or repository id
         :param kwargs: further arguments of ``huggingface_hub.PyTorchModelHubMixin.from_pretrained``
@@ -233,13 +245,14 @@ class FlowPolicy(
                         f"{folder} holds no {name}: expected a folder written by FlowPolicy.save_pretrained"
                     )
         try:
-            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs).freeze()
+            saved_by = _saved_by(folder) if cls is FlowPolicy and folder.is_dir() else cls
+            return super(FlowPolicy, saved_by).from_pretrained(str(pretrained_model_name_or_path), **kwargs).freeze()
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"{pretrained_model_name_or_path} is neither a folder written by FlowPolicy.save_pretrained "
                 f"nor a model on the Hugging Face hub that can be reached from here"
             ) from error
-        except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {error}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:

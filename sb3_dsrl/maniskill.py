@@ -118,84 +118,40 @@ def make_latent_env(
     flow: NoisePolicy,
     n_envs: int = 1,
     *,
-    sim_backend: Literal["auto", "physx_cpu", "physx_cuda"] = "auto",
     obs_mode: str | None = None,
     control_mode: str | None = None,
-    reward_mode: str = "normalized_dense",
-    max_episode_steps: int | None = None,
-    ignore_terminations: bool = True,
-    gamma: float = 0.99,
-    reward_scale: float = 1.0,
     noise_bound: float = 4.0,
     steer_mode: SteerMode = "full",
     num_steps: int | None = None,
     seed: int | None = None,
-    n_workers: int | None = None,
-    on_failure: Literal["raise", "restart"] = "raise",
-    worker: type[Worker] = ProcessWorker,
-    **env_kwargs: Any,
+    **chunk_env_kwargs: Any,
 ) -> VecLatentSteering:
     """
     Many steered ManiSkill envs, ready for SB3.
 
-    On the CPU one env runs in this process; several run in worker processes, as many as there are cores, or on a Ray
-    cluster. On a GPU one batched simulator runs them all in this process.
-
-    The defaults pair a dense reward with ``ignore_terminations=True``; a dense reward that ends at success pays for
-    stalling. With ``reward_mode="sparse"`` set ``ignore_terminations=False``.
-
     :param env_id: ManiSkill environment
     :param flow: the policy that is steered; it is frozen
     :param n_envs: N
-    :param sim_backend: "physx_cpu", "physx_cuda", or "auto": the CPU up to ``MAX_CPU_ENVS`` envs, then the GPU if there is one
     :param obs_mode: ManiSkill observation mode; None is the flow's
     :param control_mode: ManiSkill controller; None is the flow's
-    :param reward_mode: ManiSkill reward mode
-    :param max_episode_steps: time limit in env steps; None is the registered one
-    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
-    :param gamma: discount per env step
-    :param reward_scale: factor on the macro reward
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
     :param num_steps: decoding steps; None is the flow's own
     :param seed: env i is seeded with ``seed + i`` at its first reset
-    :param n_workers: on the CPU: processes that share the envs; None is one a core
-    :param on_failure: on the CPU, what a worker that dies means: "raise" or "restart", see
-        :class:`~sb3_dsrl.workers.WorkerVecEnv`
-    :param worker: on the CPU: :class:`~sb3_dsrl.workers.ProcessWorker` or :class:`~sb3_dsrl.ray_workers.RayWorker`
-    :param env_kwargs: further arguments of ``gym.make``
+    :param chunk_env_kwargs: further arguments of :func:`make_chunk_env`, such as ``sim_backend``, ``reward_mode``,
+        ``max_episode_steps``, ``ignore_terminations``, ``gamma`` and ``n_workers``
     :return: the vectorised env; ``macro_gamma`` is the discount for PPO
     :raises ValueError: if an argument does not fit
     """
-    if n_envs < 1:
-        raise ValueError(f"n_envs must be at least 1, found {n_envs}")
-    if sim_backend not in ("auto", "physx_cpu", "physx_cuda"):
-        raise ValueError(f"sim_backend must be 'auto', 'physx_cpu' or 'physx_cuda', found {sim_backend!r}")
-    if sim_backend == "auto":
-        sim_backend = "physx_cuda" if n_envs > MAX_CPU_ENVS and th.cuda.is_available() else "physx_cpu"
-    given: dict[str, Any] = dict(obs_mode=obs_mode, control_mode=control_mode, max_episode_steps=max_episode_steps)
-    given = {key: value for key, value in given.items() if value is not None}
-    env_kwargs = maniskill_kwargs(env_id, flow, reward_mode=reward_mode, sim_backend=sim_backend, **given, **env_kwargs)
-    chunk_kwargs: dict[str, Any] = dict(
+    venv = make_chunk_env(
+        env_id,
+        n_envs,
         act_horizon=flow.act_horizon,
         obs_horizon=flow.obs_horizon,
-        gamma=gamma,
-        ignore_terminations=ignore_terminations,
-        reward_scale=reward_scale,
+        obs_mode=obs_mode or flow.obs_mode,
+        control_mode=control_mode or flow.control_mode,
+        **chunk_env_kwargs,
     )
-
-    def make() -> gym.Env:
-        return ActionChunkWrapper(gym.make(env_id, **env_kwargs), **chunk_kwargs)
-
-    venv: VecEnv
-    if sim_backend == "physx_cuda":
-        venv = BatchedChunkEnv(flat_images(gym.make(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)
-    elif n_envs == 1 and worker is ProcessWorker:
-        venv = DummyVecEnv([make])
-    else:
-        # The fork server imports ManiSkill once; each worker then starts in a fraction of a second and shares its pages.
-        multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill"])
-        venv = WorkerVecEnv([make] * n_envs, n_workers, on_failure, worker)
     try:
         latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps)
     except BaseException:
@@ -206,13 +162,91 @@ def make_latent_env(
     return latent
 
 
-def maniskill_kwargs(env_id: str, flow: NoisePolicy, **env_kwargs: Any) -> dict[str, Any]:
+def make_chunk_env(
+    env_id: str,
+    n_envs: int = 1,
+    *,
+    act_horizon: int = 1,
+    obs_horizon: int = 1,
+    sim_backend: Literal["auto", "physx_cpu", "physx_cuda"] = "auto",
+    obs_mode: str = "state",
+    control_mode: str | None = None,
+    reward_mode: str = "normalized_dense",
+    max_episode_steps: int | None = None,
+    ignore_terminations: bool = True,
+    gamma: float = 0.99,
+    reward_scale: float = 1.0,
+    n_workers: int | None = None,
+    on_failure: Literal["raise", "restart"] = "raise",
+    worker: type[Worker] = ProcessWorker,
+    **env_kwargs: Any,
+) -> VecEnv:
     """
-    Arguments of ``gym.make`` for the ManiSkill env that a flow was trained for.
+    Many ManiSkill envs whose actions are chunks of raw actions: what :func:`make_latent_env` steers, and with the default
+    horizons what a baseline without a flow learns in.
+
+    On the CPU one env runs in this process; several run in worker processes, as many as there are cores, or on a Ray
+    cluster. On a GPU one batched simulator runs them all in this process.
+
+    The defaults pair a dense reward with ``ignore_terminations=True``; a dense reward that ends at success pays for
+    stalling. With ``reward_mode="sparse"`` set ``ignore_terminations=False``.
 
     :param env_id: ManiSkill environment
-    :param flow: gives observation and control mode
-    :param env_kwargs: what to set otherwise
+    :param n_envs: N
+    :param act_horizon: H, env steps in a chunk
+    :param obs_horizon: frames in an observation
+    :param sim_backend: "physx_cpu", "physx_cuda", or "auto": the CPU up to ``MAX_CPU_ENVS`` envs, then the GPU if there is one
+    :param obs_mode: ManiSkill observation mode
+    :param control_mode: ManiSkill controller; None is the task's own
+    :param reward_mode: ManiSkill reward mode
+    :param max_episode_steps: time limit in env steps; None is the registered one
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param gamma: discount per env step
+    :param reward_scale: factor on the macro reward
+    :param n_workers: on the CPU: processes that share the envs; None is one a core
+    :param on_failure: on the CPU, what a worker that dies means: "raise" or "restart", see
+        :class:`~sb3_dsrl.workers.WorkerVecEnv`
+    :param worker: on the CPU: :class:`~sb3_dsrl.workers.ProcessWorker` or :class:`~sb3_dsrl.ray_workers.RayWorker`
+    :param env_kwargs: further arguments of ``gym.make``
+    :return: the vectorised env; actions are (H, A), observations (obs_horizon, D), or dicts of such
+    :raises ValueError: if an argument does not fit
+    """
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, found {n_envs}")
+    if sim_backend not in ("auto", "physx_cpu", "physx_cuda"):
+        raise ValueError(f"sim_backend must be 'auto', 'physx_cpu' or 'physx_cuda', found {sim_backend!r}")
+    if sim_backend == "auto":
+        sim_backend = "physx_cuda" if n_envs > MAX_CPU_ENVS and th.cuda.is_available() else "physx_cpu"
+    given: dict[str, Any] = dict(control_mode=control_mode, max_episode_steps=max_episode_steps)
+    given = {key: value for key, value in given.items() if value is not None}
+    env_kwargs = maniskill_kwargs(env_id, obs_mode, reward_mode=reward_mode, sim_backend=sim_backend, **given, **env_kwargs)
+    chunk_kwargs: dict[str, Any] = dict(
+        act_horizon=act_horizon,
+        obs_horizon=obs_horizon,
+        gamma=gamma,
+        ignore_terminations=ignore_terminations,
+        reward_scale=reward_scale,
+    )
+
+    def make() -> gym.Env:
+        return ActionChunkWrapper(gym.make(env_id, **env_kwargs), **chunk_kwargs)
+
+    if sim_backend == "physx_cuda":
+        return BatchedChunkEnv(flat_images(gym.make(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)
+    if n_envs == 1 and worker is ProcessWorker:
+        return DummyVecEnv([make])
+    # The fork server imports ManiSkill once; each worker then starts in a fraction of a second and shares its pages.
+    multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill"])
+    return WorkerVecEnv([make] * n_envs, n_workers, on_failure, worker)
+
+
+def maniskill_kwargs(env_id: str, obs_mode: str, **env_kwargs: Any) -> dict[str, Any]:
+    """
+    Arguments of ``gym.make``, with a renderer only where something is seen.
+
+    :param env_id: ManiSkill environment
+    :param obs_mode: ManiSkill observation mode
+    :param env_kwargs: further arguments
     :raises ValueError: if there is no such environment
     """
     if env_id not in REGISTERED_ENVS:
@@ -220,7 +254,7 @@ def maniskill_kwargs(env_id: str, flow: NoisePolicy, **env_kwargs: Any) -> dict[
         raise ValueError(
             f"{env_id!r} is not a ManiSkill environment" + (f"; did you mean {' or '.join(close)}?" if close else "")
         )
-    kwargs = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode, sim_backend="physx_cpu") | env_kwargs
-    sees = kwargs["obs_mode"] not in ("state", "state_dict", "none") or kwargs.get("render_mode") is not None
+    kwargs = dict(obs_mode=obs_mode, sim_backend="physx_cpu") | env_kwargs
+    sees = obs_mode not in ("state", "state_dict", "none") or kwargs.get("render_mode") is not None
     backend = "gpu" if kwargs["sim_backend"] == "physx_cuda" else "cpu" if sees else "none"
     return dict(render_backend=backend) | kwargs

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sb3_dsrl.demos import Demos, load_demos
-from sb3_dsrl.features import FeatureTransitions, check_demos_fit
+from sb3_dsrl.features import FeatureTransitions
 from sb3_dsrl.flow import FlowPolicy
 from sb3_dsrl.networks import EnsembleChunkCritic, VelocityNet
 from sb3_dsrl.noise_policy import NoisePolicy
@@ -116,7 +116,6 @@ def train_flow(
         flow = policy_class.create(**(sizes | about | create_kwargs))
         if demos.obs_dim:
             flow.encoder.fit(th.from_numpy(demos.frames()))
-    check_demos_fit(flow, demos)
     learns_to_see = train_encoder and any(True for _ in flow.encoder.parameters())
     windows: FeatureWindows | ImageWindows
     if learns_to_see:

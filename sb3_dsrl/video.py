@@ -63,8 +63,8 @@ def record_video(
     :param progress_bar: show a progress bar
     :param env_kwargs: further arguments of ``gym.make``, such as ``max_episode_steps``
     """
-    cameras = dict(width=size, height=size)
-    kwargs = maniskill_kwargs(env_id, flow, render_mode="rgb_array", human_render_camera_configs=cameras, **env_kwargs)
+    film_kwargs = dict(render_mode="rgb_array", human_render_camera_configs=dict(width=size, height=size))
+    kwargs = maniskill_kwargs(env_id, flow.obs_mode, **film_kwargs, **(dict(control_mode=flow.control_mode) | env_kwargs))
     film = Film(gym.make(env_id, **kwargs))
     env = LatentSteeringWrapper(film, flow, ignore_terminations=True)
     for episode in tqdm(range(episodes), desc=Path(path).name, disable=not progress_bar):

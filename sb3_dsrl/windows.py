@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_dsrl.demos import Demos, action_windows, chunks_from_now
+from sb3_dsrl.demos import Demos, action_windows, chunks_from_now, seen_steps
 from sb3_dsrl.encoders import random_shift
-from sb3_dsrl.features import encode_demos
+from sb3_dsrl.features import check_demos_fit, encode_demos
 from sb3_dsrl.flow import FlowPolicy
 from sb3_dsrl.observations import map_frames, stack_frames
 
@@ -61,6 +61,7 @@ class ImageWindows:
     def __init__(
         self, flow: FlowPolicy, demos: Demos, random_shift_pad: int = 4, memory: float = 2e9, turnover: int = 4
     ) -> None:
+        check_demos_fit(flow, demos)
         self._flow, self._pad, self._turnover = flow, random_shift_pad, turnover
         self._episodes = demos.episodes
         self._chunks = [chunks_from_now(episode, demos.control_mode, flow.pred_horizon) for episode in demos.episodes]
@@ -91,11 +92,9 @@ class ImageWindows:
         samples = th.randint(int(ends[-1]), (batch_size,)).numpy()
         owners = np.searchsorted(ends, samples, side="right")
         steps = samples - np.append(0, ends)[owners]
-        horizon = self._flow.obs_horizon
         frames, chunks = [], []
-        for owner, step in zip(owners, steps, strict=True):
+        for owner, step, history in zip(owners, steps, seen_steps(steps, self._flow.obs_horizon), strict=True):
             i, obs = self._held[owner]
-            history = np.arange(step + 1 - horizon, step + 1).clip(min=0)
             frames.append(map_frames(lambda x, history=history: x[history], obs))
             chunks.append(self._chunks[i][step])
         batch = map_frames(lambda x: th.from_numpy(x).to(self._flow.device), stack_frames(frames))

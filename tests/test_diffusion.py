@@ -9,6 +9,7 @@ import torch as th
 from sb3_dsrl import FlowPolicy, VelocityMLP, load_demos, train_flow
 from sb3_dsrl.diffusion import DiffusionPolicy
 from tests.demo_files import write_demos
+from tests.envs import tiny_flow
 
 N_LEVELS = 120
 
@@ -60,13 +61,15 @@ def test_num_steps_out_of_range(num_steps: int) -> None:
 
 def test_round_trip_and_the_wrong_class(tmp_path: Path) -> None:
     policy = untrained()
-    policy.save_pretrained(tmp_path)
-    loaded = DiffusionPolicy.from_pretrained(tmp_path)
+    policy.save_pretrained(tmp_path / "ddim")
+    loaded = DiffusionPolicy.from_pretrained(tmp_path / "ddim")
     assert isinstance(loaded, DiffusionPolicy) and loaded.fingerprint() == policy.fingerprint()
     cond, w = th.randn(3, 6), th.randn(3, 4, 2)
     assert th.equal(loaded.decode(cond, w), policy.decode(cond, w))
-    with pytest.raises(ValueError, match=r"it was saved by DiffusionPolicy: load it with DiffusionPolicy.from_pretrained"):
-        FlowPolicy.from_pretrained(tmp_path)
+    assert type(FlowPolicy.from_pretrained(tmp_path / "ddim")) is DiffusionPolicy  # what the scripts call
+    tiny_flow().save_pretrained(tmp_path / "flow")
+    with pytest.raises(ValueError, match=r"it was saved by FlowPolicy: load it with FlowPolicy.from_pretrained"):
+        DiffusionPolicy.from_pretrained(tmp_path / "flow")
 
 
 def test_stage_0_learns_both_modes(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from sb3_dsrl import load_demos
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.scripts import EXAMPLES, run_script
 
 
 def run(script: str, *flags: object) -> subprocess.CompletedProcess[str]:
@@ -42,7 +41,7 @@ def test_make_demos(tmp_path: Path, control_mode: str) -> None:
     ],
 )
 def test_make_demos_refuses(tmp_path: Path, flags: tuple[object, ...], sentence: str) -> None:
-    done = run("make_demos.py", "--output", tmp_path / "demos.h5", *flags)
+    done = run_script("make_demos.py", "--output", tmp_path / "demos.h5", *flags, cwd=tmp_path)
     assert done.returncode == 2
     assert sentence in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

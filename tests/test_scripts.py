@@ -1,9 +1,6 @@
 """The scripts of the three stages, one after the other, as a user runs them; and what they say to wrong flags."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +9,11 @@ from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_dsrl import FlowPolicy, LatentPolicy
+from tests.scripts import EXAMPLES, run_script
 
 pytestmark = pytest.mark.timeout(900)  # the fixture runs four scripts
-EXAMPLES = Path(__file__).parent.parent / "examples"
 DEMOS = EXAMPLES / "demos" / "PushCube-v1.h5"
 EVALUATION = ("--num_eval_envs", 1, "--num_eval_episodes", 2, "--max_episode_steps", 12)
-
-
-def run(script: str, folder: Path, *flags: object) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    command = [sys.executable, str(EXAMPLES / script), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
 
 
 def report(folder: Path, name: str) -> dict[str, Any]:
@@ -51,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (*flow, *stage1, "--model", folder / "runs" / "c" / "checkpoints" / "final.zip", "--exp_name", "d"),
         ),
     ):
-        done = run(script, folder, *flags, *EVALUATION)
+        done = run_script(script, *flags, *EVALUATION, cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "success_at_end" in done.stdout
     return folder
@@ -109,6 +100,6 @@ def test_evaluate(runs: Path) -> None:
     ],
 )
 def test_wrong_flags_are_one_sentence(runs: Path, script: str, flags: tuple[object, ...], sentence: str) -> None:
-    done = run(script, runs, *flags)
+    done = run_script(script, *flags, cwd=runs)
     assert done.returncode == 2
     assert sentence in done.stderr and "Traceback" not in done.stderr

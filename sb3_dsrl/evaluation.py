@@ -10,7 +10,6 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch as th
-from scipy.stats import binomtest
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
 from tqdm import tqdm
 
@@ -120,6 +119,8 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     :param successes: number of successes
     :param episodes: number of episodes
     """
+    from scipy.stats import binomtest  # a second of every import otherwise, in every worker, too
+
     interval = binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

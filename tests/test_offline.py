@@ -13,13 +13,9 @@ from torch import nn
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, demo_transitions, train_critic, train_flow
 from sb3_dsrl.demos import Demos, Episode, chunk_transitions
+from sb3_dsrl.features import FeatureTransitions, check_demos_fit
 from sb3_dsrl.losses import shortcut_loss
-from sb3_dsrl.offline import (
-    FeatureTransitions,
-    check_demos_fit,
-    critic_td_loss,
-    exp_weights,
-)
+from sb3_dsrl.offline import critic_td_loss, exp_weights
 from tests.toys import linear_flow
 
 SMALL = dict(velocity_class=VelocityMLP, velocity_kwargs=dict(width=48, n_blocks=1, embed_dim=16), obs_horizon=1)

@@ -241,11 +241,23 @@ def test_refusals(kwargs: dict, sentence: str) -> None:
 
 
 SCRIPT = """
-import sys, time
+import os, signal
+import gymnasium as gym
 import numpy as np
-from tests.test_workers import numbered
+from sb3_dsrl import ActionChunkWrapper
+from sb3_dsrl.workers import WorkerVecEnv
+from tests.envs import ScriptedEnv
+
+class Env(ScriptedEnv):
+    def process(self):
+        return os.getpid()
+
+def make():
+    return ActionChunkWrapper(gym.wrappers.TimeLimit(Env(episode_lengths=(100,)), 12), act_horizon=3)
+
 if __name__ == "__main__":
-    env = numbered(4, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell has started us in the background
+    env = WorkerVecEnv([make] * 4, 2)
     env.reset()
     print(*set(env.env_method("process")), flush=True)
     while True:
@@ -276,7 +288,10 @@ def test_no_worker_outlives_the_main_process(how: signal.Signals, tmp_path: Path
         os.killpg(main.pid, how)
     else:
         main.send_signal(how)
-    errors = main.communicate(timeout=30)[1]
+    try:
+        errors = main.communicate(timeout=30)[1]
+    finally:
+        main.kill()  # or it would run beside all other tests
     assert main.returncode != 0
     if how == signal.SIGINT:
         assert "KeyboardInterrupt" in errors and "Worker" not in errors.replace("WorkerVecEnv", "")

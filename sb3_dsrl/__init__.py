@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
+from sb3_dsrl.best_of import BestOfM
 from sb3_dsrl.callbacks import SuccessEvalCallback
 from sb3_dsrl.defaults import ppo_kwargs
 from sb3_dsrl.demos import load_demos
@@ -32,6 +33,7 @@ for _algorithm in (PPO, A2C, TRPO):
 
 __all__ = [
     "ActionChunkWrapper",
+    "BestOfM",
     "EnsembleChunkCritic",
     "EvalResult",
     "FlowPolicy",

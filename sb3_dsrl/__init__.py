@@ -19,6 +19,7 @@ from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.offline import train_critic, train_flow
 from sb3_dsrl.policies import LatentPolicy
 from sb3_dsrl.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.steerability import SteerabilityReport, steerability
 from sb3_dsrl.steering import NoiseSpace
 from sb3_dsrl.tickets import Ticket, find_ticket
 from sb3_dsrl.wrappers import ActionChunkWrapper, LatentSteeringWrapper, VecLatentSteering
@@ -44,6 +45,7 @@ __all__ = [
     "NoiseSpace",
     "Rollouts",
     "StateEncoder",
+    "SteerabilityReport",
     "SuccessEvalCallback",
     "Ticket",
     "VecLatentSteering",
@@ -61,6 +63,7 @@ __all__ = [
     "ppo_kwargs",
     "pretrain_latent",
     "results_table",
+    "steerability",
     "train_critic",
     "train_flow",
 ]

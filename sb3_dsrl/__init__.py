@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
+from sb3_dsrl.best_of import BestOfM
 from sb3_dsrl.callbacks import SuccessEvalCallback
 from sb3_dsrl.defaults import ppo_kwargs
 from sb3_dsrl.demos import load_demos
@@ -18,6 +19,7 @@ from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.offline import train_critic, train_flow
 from sb3_dsrl.policies import LatentPolicy
 from sb3_dsrl.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.steerability import SteerabilityReport, steerability
 from sb3_dsrl.steering import NoiseSpace
 from sb3_dsrl.tickets import Ticket, find_ticket
 from sb3_dsrl.wrappers import ActionChunkWrapper, LatentSteeringWrapper, VecLatentSteering
@@ -32,6 +34,7 @@ for _algorithm in (PPO, A2C, TRPO):
 
 __all__ = [
     "ActionChunkWrapper",
+    "BestOfM",
     "EnsembleChunkCritic",
     "EvalResult",
     "FlowPolicy",
@@ -42,6 +45,7 @@ __all__ = [
     "NoiseSpace",
     "Rollouts",
     "StateEncoder",
+    "SteerabilityReport",
     "SuccessEvalCallback",
     "Ticket",
     "VecLatentSteering",
@@ -60,6 +64,7 @@ __all__ = [
     "ppo_kwargs",
     "pretrain_latent",
     "results_table",
+    "steerability",
     "train_critic",
     "train_flow",
 ]

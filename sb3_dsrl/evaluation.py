@@ -77,6 +77,7 @@ class Rollouts:
     :param env_steps: env steps that the simulator executed
     :param flow_hash: fingerprint of the flow that was steered
     :param gamma: discount per env step of rewards and discounts
+    :param result: outcome of the same episodes; None if the env does not report success
     """
 
     cond: th.Tensor
@@ -90,6 +91,7 @@ class Rollouts:
     env_steps: int
     flow_hash: str
     gamma: float
+    result: EvalResult | None = None
 
     def __len__(self) -> int:
         return len(self.cond)
@@ -206,6 +208,11 @@ def evaluate(
             raise ValueError(
                 f"The env's info holds no {key!r} at the end of an episode; expected an ActionChunkWrapper that sees success"
             )
+    return _summary(name, infos)
+
+
+def _summary(name: str, infos: list[dict[str, Any]]) -> EvalResult:
+    """Of the last infos of all episodes."""
     at_end = [info["success_at_end"] for info in infos]
     low, high = wilson_interval(int(sum(at_end)), len(at_end))
     return EvalResult(
@@ -245,7 +252,7 @@ def collect_rollouts(
     gamma = steering.gamma
     open_episodes: dict[int, list[tuple[Any, ...]]] = {}
     finished: list[list[tuple[Any, ...]]] = []
-    success: list[bool] = []
+    final_infos: list[dict[str, Any]] = []
     env_steps = 0
     for step in play(player, env, episodes, seed, deterministic, progress_bar, "rollouts"):
         env_steps += sum(info["chunk_length"] for info in step.infos)
@@ -261,7 +268,7 @@ def collect_rollouts(
             open_episodes.setdefault(int(i), []).append(row)
             if step.dones[i]:
                 finished.append(open_episodes.pop(int(i)))
-                success.append(bool(info.get("success_at_end", False)))
+                final_infos.append(info)
     cond, w, chunk, reward, discount, next_cond = (
         th.from_numpy(np.stack([np.asarray(row[c], np.float32) for rows in finished for row in rows])) for c in range(6)
     )
@@ -274,10 +281,11 @@ def collect_rollouts(
         discount,
         next_cond,
         index,
-        np.array(success),
+        np.array([bool(info.get("success_at_end", False)) for info in final_infos]),
         env_steps,
         steering.action_space.flow_hash,
         gamma,
+        _summary("rollouts", final_infos) if "success_at_end" in final_infos[0] else None,
     )
 
 

@@ -176,7 +176,7 @@ class _FreshCandidates:
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         cond = self.cond[th.randint(len(self.cond), (batch_size,))]
         w = th.randn(batch_size, self.n_candidates, *self.steering.flow.noise_shape, device=cond.device)
-        return cond, w, _score(self.steering, self.critic, cond, w, self.kappa)
+        return cond, w, score_noises(self.steering, self.critic, cond, w, self.kappa)
 
 
 @dataclass
@@ -204,7 +204,7 @@ class _PooledCandidates:
         pool = th.randn(len(cond), pool_size, *steering.flow.noise_shape, device=cond.device)
         starts = range(0, len(cond), states_at_once)
         q = [
-            _score(steering, critic, cond[i : i + states_at_once], pool[i : i + states_at_once], kappa)
+            score_noises(steering, critic, cond[i : i + states_at_once], pool[i : i + states_at_once], kappa)
             for i in tqdm(starts, desc="stage 1: candidates", disable=not progress_bar)
         ]
         return cls(cond, pool, th.cat(q), n_candidates)
@@ -215,8 +215,19 @@ class _PooledCandidates:
         return self.cond[index[:, 0]], self.pool[index, chosen], self.q[index, chosen]
 
 
-def _score(steering: Steering, critic: EnsembleChunkCritic, cond: th.Tensor, w: th.Tensor, kappa: float) -> th.Tensor:
-    """Scores (B, M) of noises (B, M, T, A)."""
+def score_noises(
+    steering: Steering, critic: EnsembleChunkCritic, cond: th.Tensor, w: th.Tensor, kappa: float = 1.0
+) -> th.Tensor:
+    """
+    Scores noises by the chunks that they become.
+
+    :param steering: the flow that decodes them
+    :param critic: ensemble chunk critic
+    :param cond: (B, C)
+    :param w: (B, M, T, A)
+    :param kappa: the score is mean - kappa * std over the ensemble
+    :return: (B, M)
+    """
     flow = steering.flow
     return critic.get_ucb_q(cond, flow.executed(flow.decode(cond, w, steering.num_steps)), kappa)
 

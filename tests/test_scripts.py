@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sb3_dsrl import FlowPolicy, LatentPolicy
 from tests.scripts import EXAMPLES, run_script
 
-pytestmark = pytest.mark.timeout(900)  # the fixture runs four scripts
+pytestmark = pytest.mark.timeout(900)  # the fixture runs five scripts
 DEMOS = EXAMPLES / "demos" / "PushCube-v1.h5"
 EVALUATION = ("--num_eval_envs", 1, "--num_eval_episodes", 2, "--max_episode_steps", 12)
 
@@ -22,7 +22,7 @@ def report(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all four scripts ran."""
+    """A folder in which all five scripts ran."""
     folder = tmp_path_factory.mktemp("scripts")
     small = ("--network", "mlp", "--pred_horizon", 4, "--act_horizon", 4, "--num_inference_steps", 2, "--critic_iters", 5)
     flow = ("--awsc_checkpoint", folder / "runs" / "a" / "flow", "--num_envs", 1)
@@ -40,6 +40,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "evaluate.py",
             (*flow, *stage1, "--model", folder / "runs" / "c" / "checkpoints" / "final.zip", "--exp_name", "d"),
+        ),
+        (
+            "steerability.py",
+            (*flow, "--demo_path", DEMOS, "--num_demos", 5, "--episodes", 32, "--num_tickets", 2, "--exp_name", "e"),
         ),
     ):
         done = run_script(script, *flags, *EVALUATION, cwd=folder)
@@ -87,6 +91,19 @@ def test_evaluate(runs: Path) -> None:
     names = ["prior", "zero", "stage1", "stage1_stochastic", "stage2", "stage2_stochastic"]
     assert [row["name"] for row in report(runs, "d")["rows"]] == names
     assert report(runs, "d")["rows"][0] == report(runs, "c")["rows"][0]  # the same episodes
+
+
+def test_steerability(runs: Path) -> None:
+    found = report(runs, "e")
+    assert [(row["name"], row["episodes"]) for row in found["rows"]] == [
+        ("prior", 8),
+        ("zero", 4),
+        ("ticket", 4),
+        ("best_of_16", 4),
+    ]
+    assert found["env_steps"] == (8 + 4 + 4 + 4 + 12) * 12
+    assert found["verdict"] and found["action_std"]["source"] == "demos"
+    assert (runs / "runs" / "e" / "steerability.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

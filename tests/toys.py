@@ -1,5 +1,6 @@
-"""Flows whose decode is known in closed form, and a one-step env whose best noise is known."""
+"""Flows whose decode is known in closed form, a critic likewise, and a one-step env whose best noise is known."""
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -30,6 +31,23 @@ def linear_flow(
     critic = EnsembleChunkCritic(obs_dim, horizon, action_dim, n_heads=n_heads, width=32)
     velocity = LinearVelocity(action_dim, horizon, obs_dim, a, b)
     return FlowPolicy(StateEncoder(obs_dim, 1), velocity, critic, act_horizon=horizon, **kwargs).freeze()
+
+
+class KnownCritic(EnsembleChunkCritic):
+    """
+    A trained critic in closed form.
+
+    :param heads: Q of each head, from cond (B, C) or (B, 1, C) and chunk (B, H, A) or (B, M, H, A)
+    """
+
+    def __init__(self, *heads: Callable[[th.Tensor, th.Tensor], th.Tensor]) -> None:
+        super().__init__(cond_dim=2, act_horizon=1, action_dim=2, n_heads=len(heads), width=2)
+        self.heads = heads
+        self.updates += 1
+
+    def forward(self, cond: th.Tensor, chunk: th.Tensor) -> th.Tensor:
+        cond = cond[:, None] if chunk.dim() == 4 else cond
+        return th.stack([head(cond, chunk) for head in self.heads])
 
 
 class BanditEnv(gym.Env):

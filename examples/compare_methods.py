@@ -1,0 +1,322 @@
+"""What compare_baselines.py compares: the tasks, and one function for each method.
+
+A method gets a :class:`Trial`, may spend its budget of env steps, and returns what is then evaluated.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from sb3_contrib import TQC
+from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_dsrl import (
+    FlowPolicy,
+    SuccessEvalCallback,
+    collect_rollouts,
+    find_ticket,
+    load_demos,
+    make_chunk_env,
+    make_latent_env,
+    ppo_kwargs,
+    pretrain_latent,
+)
+from sb3_dsrl.best_of import BestOfM
+from sb3_dsrl.evaluation import Player
+
+GAMMA = 0.99
+STD = 0.45  # of latent policies that PPO starts from
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task and the frozen flow that is steered in it.
+
+    :param env_id: ManiSkill environment
+    :param max_episode_steps: time limit in env steps
+    :param budget: env steps that a method may spend
+    :param horizon: T = H
+    :param demo_flags: of make_demos.py
+    :param flow_iters: optimiser steps of stage 0
+    """
+
+    env_id: str
+    max_episode_steps: int
+    budget: int
+    horizon: int
+    demo_flags: dict[str, Any]
+    flow_iters: int
+
+
+TASKS = {
+    task.env_id: task
+    for task in (
+        Task("PushCube-v1", 50, 100_000, 4, dict(num_demos=50, speedup=5, noise=0.45), 1_000),
+        Task("PickCube-v1", 50, 300_000, 8, dict(num_demos=60, speedup=3, noise=0.2), 2_500),
+        Task("LiftPegUpright-v1", 100, 400_000, 8, dict(num_demos=60, speedup=4, noise=0.12), 2_500),
+    )
+}
+
+
+@dataclass
+class Trial:
+    """
+    One run: a method on a task with a seed.
+
+    :param task: the task
+    :param seed: of everything but the flow
+    :param budget: env steps
+    :param flow: the frozen flow of the task
+    :param demo_path: the demos that it learned from
+    :param n_envs: simulated envs
+    :param eval_points: evaluations while SB3 learns
+    :param eval_point_episodes: episodes of each of them
+    :param ticket_rounds: of the search for a golden ticket
+    :param rollout_episodes: that stage 1 learns from
+    :param env_steps: spent so far
+    :param measuring_seconds: wall time of these evaluations, which is not the method's
+    :param curve: what they found, by deterministic play
+    :param env: env of the method, once it made one
+    :param eval_env: env of the evaluations, dense and without termination for all methods
+    """
+
+    task: Task
+    seed: int
+    budget: int
+    flow: FlowPolicy
+    demo_path: Path
+    n_envs: int = 8
+    eval_points: int = 8
+    eval_point_episodes: int = 32
+    ticket_rounds: tuple[tuple[int, int], ...] = ((32, 8), (5, 32))
+    rollout_episodes: int = 256
+    env_steps: int = 0
+    measuring_seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    env: VecEnv = field(init=False)
+    eval_env: VecEnv = field(init=False)
+
+    def steered(self, noise_bound: float = 4.0) -> VecEnv:
+        """Makes the env of a method that steers the flow; dense reward without termination."""
+        make = partial(
+            make_latent_env,
+            self.task.env_id,
+            self.flow,
+            self.n_envs,
+            max_episode_steps=self.task.max_episode_steps,
+            noise_bound=noise_bound,
+            n_workers=1,
+            gamma=GAMMA,
+        )
+        self.env, self.eval_env = make(), make()
+        return self.env
+
+    def raw(self, act_horizon: int, sparse: bool, gamma: float) -> VecEnv:
+        """Makes the env of a method that knows nothing of the flow. Sparse rewards end at success, dense ones do not."""
+        make = partial(
+            make_chunk_env,
+            self.task.env_id,
+            self.n_envs,
+            act_horizon=act_horizon,
+            control_mode=self.flow.control_mode,
+            max_episode_steps=self.task.max_episode_steps,
+            n_workers=1,
+            gamma=gamma,
+        )
+        self.env = make(reward_mode="sparse" if sparse else "normalized_dense", ignore_terminations=not sparse)
+        self.eval_env = make()
+        return self.env
+
+    def learn(self, model: BaseAlgorithm, act_horizon: int) -> BaseAlgorithm:
+        """Spends what is left of the budget."""
+        left = max(0, self.budget - self.env_steps)
+        freq = max(1, left // self.eval_points)
+        curve = SuccessEvalCallback(self.eval_env, freq, self.eval_point_episodes, env_steps=self.env_steps)
+        start = time.time()
+        model.learn(max(1, left // act_horizon), curve)
+        self.measuring_seconds += time.time() - start - (curve.env_steps - self.env_steps) / curve.env_steps_per_second
+        self.env_steps = curve.env_steps
+        self.curve = [
+            dict(env_steps=steps, success_once=result.success_once, success_at_end=result.success_at_end)
+            for steps, result, _ in curve.history
+        ]
+        return model
+
+    def rollout_steps(self, size: int, act_horizon: int) -> int:
+        """Macro-steps of each env in a rollout of ``size`` in all, or of less where the budget is small."""
+        return max(8, min(size, self.budget // (4 * act_horizon)) // self.n_envs)
+
+    def close(self) -> None:
+        """Closes the envs."""
+        for env in [value for value in vars(self).values() if isinstance(value, VecEnv)]:
+            env.close()
+
+
+Method = Callable[[Trial], Player]
+
+
+def control(trial: Trial, player: Player) -> Player:
+    """No learning: the frozen flow under the prior, or under w = 0."""
+    trial.steered()
+    return player
+
+
+def narrow(trial: Trial) -> Player:
+    """No learning: w ~ N(0, 0.5^2)."""
+    env = trial.steered()
+    return PPO("LatentPolicy", env, **ppo_kwargs(env, policy_kwargs=dict(log_std_init=math.log(0.5)), seed=trial.seed))
+
+
+def ticket(trial: Trial) -> Player:
+    """No learning: the best fixed noise, found by successive halving on episodes of its own."""
+    found = find_ticket(trial.steered(), rounds=trial.ticket_rounds, seed=trial.seed)
+    trial.env_steps = found.env_steps
+    return found.w
+
+
+def best_of_m(trial: Trial) -> Player:
+    """No learning: of 16 noises the one that the critic likes best, at every macro-step."""
+    env = trial.steered()
+    return BestOfM(env)
+
+
+def latent_ppo(trial: Trial, ticket: bool = True, stage1: bool = True, stage2: bool = True) -> Player:
+    """The method: golden ticket, stage 1 on rollouts around it, stage 2; or parts of it."""
+    env = trial.steered()
+    policy_kwargs: dict[str, Any] = dict(prior_mix=0.03, log_std_init=math.log(STD))
+    if ticket:
+        found = find_ticket(env, rounds=trial.ticket_rounds, seed=trial.seed)
+        trial.env_steps += found.env_steps
+        policy_kwargs["centre"] = found.w
+    n_steps = trial.rollout_steps(512, trial.flow.act_horizon)
+    overrides: dict[str, Any] = dict(n_steps=n_steps, batch_size=n_steps * trial.n_envs // 4, seed=trial.seed)
+    kwargs = ppo_kwargs(env, learning_rate=LinearSchedule(3e-4, 0.0, 1.0), policy_kwargs=policy_kwargs, **overrides)
+    model = PPO("LatentPolicy", env, **kwargs)
+    if stage1:
+        rollouts = collect_rollouts(model if ticket else trial.flow, env, trial.rollout_episodes, seed=trial.seed)
+        trial.env_steps += rollouts.env_steps
+        pretrain_latent(model, rollouts=rollouts)
+    return trial.learn(model, trial.flow.act_horizon) if stage2 else model
+
+
+def latent_off_policy(trial: Trial, algorithm: type[SAC | TQC]) -> Player:
+    """
+    Stock SAC or TQC on the steered env. The box of noises is small: SB3's warm-up draws uniformly from it, and from
+    [-1.5, 1.5] (std 0.87) the flow still decodes what it knows; so does https://arxiv.org/abs/2506.15799.
+    """
+    env = trial.steered(noise_bound=1.5)
+    model = algorithm(
+        "MlpPolicy",
+        env,
+        gamma=GAMMA**trial.flow.act_horizon,
+        learning_starts=min(1_000, trial.budget // (10 * trial.flow.act_horizon)),
+        gradient_steps=trial.n_envs,
+        ent_coef="auto_0.1",
+        policy_kwargs=dict(net_arch=[256, 256, 256]),
+        seed=trial.seed,
+    )
+    return trial.learn(model, trial.flow.act_horizon)
+
+
+def scratch_ppo(trial: Trial, chunks: bool, sparse: bool) -> Player:
+    """PPO without a flow, on raw actions or on chunks of them. gamma 0.8 is ManiSkill's own for dense rewards."""
+    horizon = trial.task.horizon if chunks else 1
+    gamma = GAMMA if sparse else 0.8
+    env = trial.raw(horizon, sparse, gamma)
+    n_steps = trial.rollout_steps(2_048 // horizon, horizon)
+    model = PPO(
+        "MlpPolicy",
+        env,
+        gamma=gamma**horizon,
+        n_steps=n_steps,
+        batch_size=n_steps * trial.n_envs // 4,
+        policy_kwargs=dict(net_arch=[256, 256], log_std_init=-0.5),
+        seed=trial.seed,
+    )
+    return trial.learn(model, horizon)
+
+
+def scratch_sac(trial: Trial, sparse: bool, demos: bool = False) -> Player:
+    """SAC without a flow; with demos like RLPD (https://arxiv.org/abs/2302.02948): half of each batch comes from them."""
+    gamma = GAMMA if sparse else 0.8
+    env = trial.raw(1, sparse, gamma)
+    buffer: dict[str, Any] = {}
+    if demos:
+        buffer = dict(replay_buffer_class=HalfDemos, replay_buffer_kwargs=dict(demos=trial.demo_path, sparse=sparse))
+    model = SAC(
+        "MlpPolicy",
+        env,
+        gamma=gamma,
+        tau=0.01,
+        learning_starts=min(4_000, trial.budget // 10),
+        gradient_steps=trial.n_envs // 2 or 1,
+        seed=trial.seed,
+        **buffer,
+    )
+    return trial.learn(model, 1)
+
+
+class HalfDemos(ReplayBuffer):
+    """
+    Replay buffer of which half of every batch are demos.
+
+    :param demos: ManiSkill trajectory file
+    :param sparse: rewards are 1 at success, which ends the episode; otherwise those of the file, without an end
+    """
+
+    def __init__(self, buffer_size: int, observation_space: Any, action_space: Any, *args: Any, **kwargs: Any) -> None:
+        demos, sparse = load_demos(kwargs.pop("demos")), kwargs.pop("sparse")
+        super().__init__(buffer_size, observation_space, action_space, *args, **kwargs)
+        size = sum(len(episode.actions) for episode in demos.episodes)
+        self.demos = ReplayBuffer(size, observation_space, action_space, self.device, handle_timeout_termination=False)
+        for episode in demos.episodes:
+            assert episode.rewards is not None and episode.success is not None
+            for i, action in enumerate(episode.actions):
+                done = sparse and bool(episode.success[i])
+                reward = float(done) if sparse else episode.rewards[i]
+                obs, next_obs = episode.obs[i][None], episode.obs[i + 1][None]
+                self.demos.add(obs, next_obs, action[None], np.array([reward]), np.array([done]), [{}])
+                if done:
+                    break
+
+    def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
+        """Half of the batch from the demos."""
+        own = super().sample(batch_size - batch_size // 2, env)
+        demos = self.demos.sample(batch_size // 2, env)
+        return ReplayBufferSamples(*(th.cat([a, b]) for a, b in zip(own[:5], demos[:5], strict=True)))
+
+
+#: name in tables and file names -> (what it is, the method)
+METHODS: dict[str, tuple[str, Method]] = {
+    "prior": ("frozen flow, w ~ N(0, I)", partial(control, player="prior")),
+    "zero": ("frozen flow, w = 0", partial(control, player="zero")),
+    "narrow": ("frozen flow, w ~ N(0, 0.5^2)", narrow),
+    "ticket": ("golden ticket: best fixed noise", ticket),
+    "best_of_m": ("best of 16 noises by the critic", best_of_m),
+    "stage1": ("ticket + stage 1", partial(latent_ppo, stage2=False)),
+    "stage2": ("stage 2 only", partial(latent_ppo, ticket=False, stage1=False)),
+    "ticket_stage2": ("ticket + stage 2", partial(latent_ppo, stage1=False)),
+    "stage1_stage2": ("ticket + stage 1 + stage 2", latent_ppo),
+    "latent_sac": ("latent SAC", partial(latent_off_policy, algorithm=SAC)),
+    "latent_tqc": ("latent TQC", partial(latent_off_policy, algorithm=TQC)),
+    "ppo_dense": ("PPO from scratch, dense", partial(scratch_ppo, chunks=False, sparse=False)),
+    "ppo_sparse": ("PPO from scratch, sparse", partial(scratch_ppo, chunks=False, sparse=True)),
+    "ppo_chunks_dense": ("PPO from scratch on chunks, dense", partial(scratch_ppo, chunks=True, sparse=False)),
+    "ppo_chunks_sparse": ("PPO from scratch on chunks, sparse", partial(scratch_ppo, chunks=True, sparse=True)),
+    "sac_dense": ("SAC from scratch, dense", partial(scratch_sac, sparse=False)),
+    "sac_sparse": ("SAC from scratch, sparse", partial(scratch_sac, sparse=True)),
+    "rlpd_dense": ("SAC with demos (RLPD-like), dense", partial(scratch_sac, sparse=False, demos=True)),
+    "rlpd_sparse": ("SAC with demos (RLPD-like), sparse", partial(scratch_sac, sparse=True, demos=True)),
+}

@@ -1,0 +1,140 @@
+"""The report of compare_baselines.py: results.csv, report.md and plots, from the files of its runs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from compare_methods import METHODS, TASKS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+
+INTRODUCTION = """# Comparison
+
+One frozen flow a task, all methods on it. Env steps count everything that a method ran in the simulator: golden tickets,
+rollouts of stage 1, warm-up. Final policies (not the best of many evaluations), the same evaluation episodes for all, judged
+at the time limit without termination. Mean over seeds with 95% bootstrap interval; wall time of one core, evaluations not
+counted, on a machine that other jobs shared. Baselines from scratch: dense rewards go on after success, sparse ones end there.
+
+Made by `python examples/compare_baselines.py --env_ids ... --methods ... --seeds ...`; the rows of
+[results.csv](results.csv) name them.
+"""
+STAGE_0 = "Stage 0: {demos} demos ({demo_steps:,} env steps, besides), {wall_seconds:.0f} s."
+
+COLUMNS = (
+    *("method", "env_id", "seed", "env_steps", "episodes"),
+    *("success_once", "success_at_end", "deterministic", "wall_seconds"),
+)
+
+
+def bootstrap_interval(values: Sequence[float], n: int = 10_000) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the mean over seeds."""
+    samples = np.random.default_rng(0).choice(np.asarray(values), size=(n, len(values))).mean(axis=1)
+    low, high = np.quantile(samples, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def write_report(output: Path) -> str:
+    """
+    :param output: folder of the runs
+    :return: the report; it is in ``report.md``, too
+    """
+    runs = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/*.json"))]
+    if not runs:
+        return f"{output} holds no finished run"
+    frame = pd.DataFrame([row for run in runs for row in run["rows"]])[list(COLUMNS)]
+    frame.to_csv(output / "results.csv", index=False)
+    keys = ("env_id", "method", "seed")
+    curves = pd.DataFrame([point | {key: run["rows"][0][key] for key in keys} for run in runs for point in run["curve"]])
+    text = INTRODUCTION
+    for env_id in [env_id for env_id in TASKS if env_id in set(frame.env_id)]:
+        rows = frame[frame.env_id == env_id]
+        stage0 = json.loads((output / env_id / "stage0.json").read_text())
+        text += f"\n## {env_id}\n\n{STAGE_0.format(**stage0)}\n\n{_table(rows)}\n"
+        bars(output / f"{env_id}_final.png", rows)
+        text += f"\n![final success]({env_id}_final.png)\n"
+        if len(curves) and (curves.env_id == env_id).any():
+            plot_curves(output / f"{env_id}_curves.png", curves[curves.env_id == env_id], rows)
+            text += f"\n![success against env steps]({env_id}_curves.png)\n"
+    (output / "report.md").write_text(text)
+    return text
+
+
+def _table(rows: pd.DataFrame) -> str:
+    lines = []
+    for method in [method for method in METHODS if method in set(rows.method)]:
+        found = rows[rows.method == method]
+        line = {"method": METHODS[method][0], "seeds": found.seed.nunique(), "env steps": f"{found.env_steps.mean():,.0f}"}
+        for deterministic, suffix in ((True, ""), (False, ", sampled")):
+            mode = found[found.deterministic == deterministic]
+            line[f"success at end{suffix}"] = _mean_and_interval(mode.success_at_end)
+            line[f"once{suffix}"] = f"{mode.success_once.mean():.2f}" if len(mode) else ""
+        lines.append(line | {"wall s": f"{found.wall_seconds.mean():,.0f}"})
+    return str(pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True))
+
+
+def _mean_and_interval(values: pd.Series) -> str:
+    if not len(values):
+        return ""
+    if len(values) == 1:
+        return f"{values.mean():.2f}"
+    low, high = bootstrap_interval(values.tolist())
+    return f"{values.mean():.2f} ({low:.2f} to {high:.2f})"
+
+
+def best_of_variants(rows: pd.DataFrame) -> list[str]:
+    """Of each baseline from scratch the better of dense and sparse reward; everything else as it is."""
+    final = rows.groupby("method").success_at_end.mean()
+    best: dict[str, str] = {}
+    for method in [method for method in METHODS if method in final.index]:
+        family = method.removesuffix("_dense").removesuffix("_sparse")
+        if family not in best or final[method] > final[best[family]]:
+            best[family] = method
+    return list(best.values())
+
+
+def bars(path: Path, rows: pd.DataFrame) -> None:
+    """Final success of every method, the better of deterministic and sampled play shown darker behind the other."""
+    methods = [method for method in METHODS if method in set(rows.method)]
+    figure, axis = plt.subplots(figsize=(8, 0.32 * len(methods) + 1.2), constrained_layout=True)
+    for offset, deterministic, colour in ((-0.2, True, "tab:blue"), (0.2, False, "tab:orange")):
+        for i, method in enumerate(methods):
+            values = rows[(rows.method == method) & (rows.deterministic == deterministic)].success_at_end
+            if len(values):
+                axis.barh(i + offset, values.mean(), 0.38, color=colour)
+                axis.plot(values, np.full(len(values), i + offset), "k.", markersize=3)
+    axis.set_yticks(range(len(methods)), [METHODS[method][0] for method in methods])
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), xlabel="success at end (dots: seeds)", title=rows.env_id.iloc[0])
+    axis.legend([Patch(color="tab:blue"), Patch(color="tab:orange")], ["deterministic", "sampled"], loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_curves(path: Path, curves: pd.DataFrame, rows: pd.DataFrame) -> None:
+    """Success against env steps, mean and 95% bootstrap interval over seeds, deterministic play."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, constrained_layout=True)
+    prior = rows[rows.method == "prior"]
+    for axis, key in zip(axes, ("success_at_end", "success_once"), strict=True):
+        for colour, method in zip(plt.get_cmap("tab20")(range(20)), best_of_variants(rows), strict=False):
+            found = curves[curves.method == method]
+            if found.empty:
+                continue
+            seeds = [one.sort_values("env_steps") for _, one in found.groupby("seed")]
+            # a method's curve starts where its ticket and its stage 1 end
+            grid = np.linspace(max(s.env_steps.min() for s in seeds), min(s.env_steps.max() for s in seeds), 50)
+            values = np.stack([np.interp(grid, s.env_steps, s[key]) for s in seeds])
+            intervals = np.array([bootstrap_interval(column, 1_000) for column in values.T])
+            axis.plot(grid, values.mean(axis=0), color=colour, label=METHODS[method][0])
+            axis.fill_between(grid, intervals[:, 0], intervals[:, 1], color=colour, alpha=0.2)
+        if len(prior):
+            axis.axhline(prior[key].mean(), color="grey", linestyle="--", label=METHODS["prior"][0])
+        axis.set(xlabel="env steps", title=key.replace("_", " "), ylim=(0, 1))
+    axes[0].set_ylabel(str(rows.env_id.iloc[0]))
+    axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

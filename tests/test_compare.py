@@ -1,0 +1,55 @@
+"""The comparison: every method runs, finished runs are kept, and the report says what the runs found."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.scripts import run_script
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every method ran once."""
+    folder = tmp_path_factory.mktemp("compare")
+    done = run_script("compare_baselines.py", "--smoke", "--output", folder, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return folder
+
+
+def test_every_method_runs(folder: Path) -> None:
+    rows = pd.read_csv(folder / "results.csv")
+    columns = "method,env_id,seed,env_steps,episodes,success_once,success_at_end,deterministic,wall_seconds"
+    assert ",".join(rows.columns) == columns
+    paths = {path.parent.name for path in folder.glob("*/*/0.json")}
+    assert set(rows.method) == paths and len(paths) == 19
+    spent = rows.groupby("method").env_steps.first()
+    assert (spent[["prior", "zero", "narrow", "best_of_m"]] == 0).all()
+    assert spent["ticket"] == 3 * 8 and spent["stage1"] == (3 + 2) * 8  # episodes of 8 env steps
+    learned = spent.drop(["prior", "zero", "narrow", "best_of_m", "ticket", "stage1"])
+    assert (learned >= 64).all()
+
+
+def test_report(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    assert "ticket + stage 1 + stage 2" in text and "Stage 0: 50 demos" in text
+    for name in ("PushCube-v1_final.png", "PushCube-v1_curves.png"):
+        assert f"]({name})" in text and (folder / name).stat().st_size > 10_000
+
+
+def test_finished_runs_are_skipped(folder: Path) -> None:
+    path = folder / "PushCube-v1" / "zero" / "0.json"
+    content = json.loads(path.read_text())
+    content["rows"][0]["success_at_end"] = 0.625
+    path.write_text(json.dumps(content))
+    done = run_script("compare_baselines.py", "--smoke", "--methods", "zero", "--output", folder, cwd=folder)
+    assert done.returncode == 0 and "0.62" in done.stdout  # taken from the file, not run again
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--methods", "sacc"), ("--env_ids", "PushCube-v2")])
+def test_unknown_names(folder: Path, flag: str, value: str) -> None:
+    done = run_script("compare_baselines.py", flag, value, "--output", folder, cwd=folder)
+    assert done.returncode == 2 and f"{flag}: {value} is unknown; expected some of" in done.stderr

@@ -43,7 +43,8 @@ def write_report(output: Path) -> str:
     :param output: folder of the runs
     :return: the report; it is in ``report.md``, too
     """
-    runs = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/*.json"))]
+    paths = [path for path in sorted(output.glob("*/*/*.json")) if path.parent.name in METHODS]
+    runs = [json.loads(path.read_text()) for path in paths]
     if not runs:
         return f"{output} holds no finished run"
     frame = pd.DataFrame([row for run in runs for row in run["rows"]])[list(COLUMNS)]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(600)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every method ran once."""
     folder = tmp_path_factory.mktemp("compare")
-    done = run_script("compare_baselines.py", "--smoke", "--output", folder, cwd=folder)
+    done = run_script("compare_baselines.py", "--smoke", "--jobs", 1, "--output", folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     return folder
 

@@ -6,6 +6,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 from sb3_dsrl.callbacks import SuccessEvalCallback
+from sb3_dsrl.checkpoint import TrainingCheckpoint
 from sb3_dsrl.defaults import ppo_kwargs
 from sb3_dsrl.demos import load_demos
 from sb3_dsrl.encoders import ImageEncoder, StateEncoder
@@ -18,6 +19,7 @@ from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.offline import train_critic, train_flow
 from sb3_dsrl.policies import LatentPolicy
 from sb3_dsrl.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.resuming import ResumeCallback, resume
 from sb3_dsrl.steering import NoiseSpace
 from sb3_dsrl.tickets import Ticket, find_ticket
 from sb3_dsrl.wrappers import ActionChunkWrapper, LatentSteeringWrapper, VecLatentSteering
@@ -40,10 +42,12 @@ __all__ = [
     "LatentSteeringWrapper",
     "NoisePolicy",
     "NoiseSpace",
+    "ResumeCallback",
     "Rollouts",
     "StateEncoder",
     "SuccessEvalCallback",
     "Ticket",
+    "TrainingCheckpoint",
     "VecLatentSteering",
     "VelocityMLP",
     "VelocityUNet",
@@ -59,6 +63,7 @@ __all__ = [
     "ppo_kwargs",
     "pretrain_latent",
     "results_table",
+    "resume",
     "train_critic",
     "train_flow",
 ]

@@ -131,7 +131,13 @@ class ResumeCallback(BaseCallback):
                 callback.load_state_dict(state)  # type: ignore[attr-defined]
         self.env_steps = self._resumed["env_steps"]
         self._saved = self.env_steps // self.save_freq
+        for records, saved in zip(self._pending_records(), self._resumed["records"], strict=True):
+            records.update(saved)
         self._hide_later_records(done)
+
+    def _pending_records(self) -> tuple[dict[str, Any], ...]:
+        """What the last update recorded; the logger writes it after the next rollout."""
+        return self.logger.name_to_value, self.logger.name_to_count, self.logger.name_to_excluded
 
     def _hide_later_records(self, step: int) -> None:
         """What TensorBoard got between the checkpoint and the end of the process will come once more."""
@@ -185,6 +191,7 @@ class ResumeCallback(BaseCallback):
             env_steps=self.env_steps,
             rng=generators,
             vec_normalize=None if normalize is None else (normalize.obs_rms, normalize.ret_rms),
+            records=[dict(records) for records in self._pending_records()],
             callbacks=[
                 {name: getattr(callback, name) for name in EVAL_CALLBACK if hasattr(callback, name)}
                 if isinstance(callback, EvalCallback)

@@ -240,6 +240,7 @@ def test_stage_2_resumed(whole: tuple[Stage2, PPO], flow: FlowPolicy, tmp_path: 
     crashed = Stage2(tmp_path, flow)
     with pytest.raises(Crash):
         crashed.run(crash=[CrashAt(timesteps)])
+    time.sleep(1)  # TensorBoard orders files by the second
     resumed = Stage2(tmp_path, flow)
     model = resumed.run(goes_on=True)
     assert bits(model.policy) == bits(expected.policy)

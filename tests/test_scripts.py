@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch as th
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -44,6 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (
                 *(*flow, *stage1, "--total_timesteps", 64, "--rollout_steps", 8, "--ppo_epochs", 1, "--exp_name", "c"),
                 *("--eval_freq", 32, "--eval_freq_episodes", 1, "--prior_mix_ratio", 0.2, "--lr", 1e-3, "--capture_video"),
+                *("--save_freq", 30),
             ),
         ),
         (
@@ -104,6 +106,12 @@ def test_evaluate(runs: Path) -> None:
         ("train_flow.py", ("--demo_path", "none.h5"), "none.h5 does not exist"),
         ("train_flow.py", ("--demo_path", DEMOS, "--control_mode", "pd_ee_delta_pose"), "expected 'pd_ee_delta_pose'"),
         ("train_latent_online.py", ("--awsc_checkpoint", "no/such/folder"), "no/such/folder is neither a folder"),
+        (
+            "train_flow.py",
+            ("--demo_path", DEMOS, "--exp_name", "a", "--resume"),
+            "was started with --act_horizon 4, now it is 8",
+        ),
+        ("train_flow.py", ("--demo_path", DEMOS, "--exp_name", "z", "--resume"), "--resume: there is no run in runs/z"),
         ("evaluate.py", ("--awsc_checkpoint", "runs/a/flow", "--pred_horizon", 16), "--pred_horizon is 16, but the flow in"),
         ("evaluate.py", ("--awsc_checkpoint", "agent.pt"), "agent.pt does not tell obs_horizon (or state_dim), pred_horizon"),
     ],
@@ -112,3 +120,43 @@ def test_wrong_flags_are_one_sentence(runs: Path, script: str, flags: tuple[obje
     done = run(script, runs, *flags)
     assert done.returncode == 2
     assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "result"),
+    [("train_flow.py", "a", "flow/model.safetensors"), ("train_latent_offline.py", "b", "stage1.pt")],
+)
+def test_resume_of_a_run_that_is_complete(runs: Path, script: str, name: str, result: str) -> None:
+    path = runs / "runs" / name / result
+    before = path.read_bytes()
+    path.unlink()
+    assert resumed(runs, script, name).returncode == 0
+    assert path.read_bytes() == before
+
+
+def test_resume_of_stage_2(runs: Path) -> None:
+    """From the checkpoint in its middle, in another process: the same model and the same curve."""
+    path, before = runs / "runs" / "c" / "checkpoints" / "final.zip", report(runs, "c")
+    expected = PPO.load(path)
+    path.unlink()
+    done = resumed(runs, "train_latent_online.py", "c")
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = PPO.load(path)
+    assert model.num_timesteps == expected.num_timesteps
+    for key, x in expected.policy.state_dict().items():
+        assert th.equal(model.policy.state_dict()[key], x), key
+    after = report(runs, "c")
+    assert (after["curve"], after["env_steps"]) == (before["curve"], before["env_steps"])
+
+
+def resumed(runs: Path, script: str, name: str) -> subprocess.CompletedProcess[str]:
+    """The same flags once more, and ``--resume``."""
+    args = json.loads((runs / "runs" / name / "args.json").read_text()) | dict(num_eval_episodes=0, track=None)
+    flags: list[object] = [
+        "--resume",
+        *(f"--{key}" for key, value in args.items() if value is True and key != "capture_video"),
+    ]
+    for key, value in args.items():
+        if value is not None and not isinstance(value, bool):
+            flags += [f"--{key}", value]
+    return run(script, runs, *flags)

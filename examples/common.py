@@ -76,7 +76,7 @@ class TrainingArgs(RunArgs):
     resume: bool = False
     """Go on with the run of this name, which was started with the same flags, from its newest checkpoint."""
     save_freq: int | None = None
-    """Env steps (stage 2) or iterations (stages 0 and 1) between two checkpoints; 25,000 or 500 if not given."""
+    """Env steps (stage 2) or iterations (stages 0 and 1) between two checkpoints; 3,000 of each env or 500 if not given."""
 
 
 #: Flags that may be others after a resume.
@@ -269,8 +269,6 @@ def cli(main: Callable[[Args], None], args_class: type[Args]) -> NoReturn:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            f"{Path(sys.argv[0]).stem}: stopped; --resume goes on from the last checkpoint, if there is one", file=sys.stderr
-        )
+        print(f"\n{Path(sys.argv[0]).stem}: stopped at once; checkpoints stay as they are", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

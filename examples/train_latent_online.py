@@ -50,6 +50,9 @@ class Args(FlowArgs, TrainingArgs):
     """Episodes of each of them."""
     log_freq: int = 1
     """Rollouts between two records in TensorBoard."""
+    reconfigure: bool = False
+    """Build the scenes anew at every checkpoint. Where a scene remembers its last episodes, as StackCube-v1's does, this makes a
+    resumed run the same bit for bit."""
     act_horizon: int | None = None
     """A check: the flow must execute so many env steps of each chunk."""
 
@@ -96,7 +99,8 @@ def main(args: Args) -> None:
     curve = SuccessEvalCallback(
         eval_env, args.eval_freq, args.eval_freq_episodes, stochastic=True, save_path=checkpoints, env_steps=stage1_steps
     )
-    keeper = ResumeCallback(saved, args.save_freq or 25_000, keep=[curve])
+    options = dict(reconfigure=True) if args.reconfigure else None
+    keeper = ResumeCallback(saved, args.save_freq, keep=[curve], reset_options=options)
     model.learn(
         args.total_timesteps // flow.act_horizon - model.num_timesteps,
         [curve, keeper],

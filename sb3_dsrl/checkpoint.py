@@ -192,7 +192,7 @@ class TrainingCheckpoint:
         for name, part in parts.items():
             try:
                 part.load_state_dict(content["parts"][name])
-            except (RuntimeError, ValueError, KeyError) as error:
+            except (RuntimeError, ValueError, LookupError) as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{found} does not fit this run, its {name!r} is another one: {reason}") from error
         set_rng_state(content["rng"])
@@ -217,7 +217,7 @@ class TrainingCheckpoint:
         for field in fields(result):  # type: ignore[arg-type]
             value = getattr(result, field.name)
             is_array = isinstance(value, np.ndarray)
-            packed[field.name] = (is_array, th.from_numpy(value) if is_array else value)
+            packed[field.name] = (is_array, th.from_numpy(value.copy()) if is_array else value)
         with atomic_file(path) as file:
             th.save(dict(result=packed, rng=rng_state()), file)
         return result

@@ -73,32 +73,39 @@ class ResumeCallback(BaseCallback):
     turn: the run goes on as validly, but with other episodes.) For GAE the cut episodes are truncated, as at the end of
     any rollout; no metric counts them. Without it episodes are cut by a resume only.
 
+    Some ManiSkill scenes remember their last episodes in the last bits: PushCube-v1 and LiftPegUpright-v1 do not, StackCube-v1
+    does. ``reset_options=dict(reconfigure=True)`` builds them anew, which takes a second or two an env and checkpoint.
+
     :param path: of the checkpoint, a zip that ``PPO.load`` also reads; the previous one is kept beside it
-    :param save_freq: env steps between two checkpoints, rounded up to whole rollouts
+    :param save_freq: env steps between two checkpoints, rounded up to whole rollouts; None is 3,000 of each env
     :param keep: callbacks whose state is kept: :class:`~sb3_dsrl.SuccessEvalCallback`, SB3's ``EvalCallback``, or any with
         ``state_dict`` and ``load_state_dict``
     :param restart_episodes: see above
+    :param reset_options: options of the resets at a checkpoint, see above
     :raises ValueError: if ``save_freq`` is below 1 or the state of a callback is unknown
     """
 
     def __init__(
         self,
         path: str | Path,
-        save_freq: int = 25_000,
+        save_freq: int | None = None,
         *,
         keep: Sequence[BaseCallback] = (),
         restart_episodes: bool = True,
+        reset_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if save_freq < 1:
+        if save_freq is not None and save_freq < 1:
             raise ValueError(f"save_freq must be at least 1 env step, found {save_freq}")
         for callback in keep:
             if not isinstance(callback, EvalCallback) and not hasattr(callback, "load_state_dict"):
                 raise ValueError(
                     f"The state of {type(callback).__name__} is unknown: it has no state_dict and load_state_dict"
                 )
-        self.path, self.save_freq, self.keep = Path(path), save_freq, list(keep)
-        self.restart_episodes = restart_episodes
+        self.path, self.keep = Path(path), list(keep)
+        self.restart_episodes, self.reset_options = restart_episodes, reset_options
+        #: env steps between two checkpoints; 0 before training if none were given
+        self.save_freq = save_freq or 0
         #: env steps so far
         self.env_steps = 0
         self._saved = 0
@@ -112,6 +119,7 @@ class ResumeCallback(BaseCallback):
                 f"ResumeCallback is for PPO, A2C and TRPO, found {type(self.model).__name__}: its replay buffer would be "
                 f"lost; use SB3's CheckpointCallback(save_replay_buffer=True)"
             )
+        self.save_freq = self.save_freq or 3_000 * self.training_env.num_envs
         self._resumed = vars(self.model).pop(STATE, None)
         if self._resumed is None:
             return
@@ -212,6 +220,7 @@ class ResumeCallback(BaseCallback):
         model, env = self.model, self.training_env
         assert isinstance(model, OnPolicyAlgorithm)
         env.seed(int(np.random.SeedSequence([model.seed or 0, self.env_steps]).generate_state(1)[0] >> 1))
+        env.set_options(self.reset_options)
         model._last_obs = env.reset()  # type: ignore[assignment]
         model._last_episode_starts = np.ones(env.num_envs, bool)
         normalize = model.get_vec_normalize_env()

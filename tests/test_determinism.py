@@ -4,30 +4,27 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
-from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_dsrl import (
     FlowPolicy,
     ResumeCallback,
-    SuccessEvalCallback,
     TrainingCheckpoint,
-    VecLatentSteering,
     collect_rollouts,
     demo_transitions,
     load_demos,
-    make_latent_env,
     ppo_kwargs,
+    pretrain,
     pretrain_latent,
     resume,
     train_critic,
@@ -35,20 +32,17 @@ from sb3_dsrl import (
 )
 from sb3_dsrl.checkpoint import previous
 from sb3_dsrl.interrupt import Interrupted
+from sb3_dsrl.pretrain import executed_advantages
 from sb3_dsrl.progress import ProgressLoop
 from sb3_dsrl.windows import ImageWindows
-from tests.envs import ScriptedEnv, tiny_flow, vec_steered
+from tests.envs import tiny_flow
+from tests.stage2 import KWARGS, TOTAL, Stage2, bits, run_slowly, steered
 from tests.test_images import image_flow, write_image_demos
 from tests.test_offline import SMALL, random_demos
 
 
 class Crash(Exception):
     """In the middle of something."""
-
-
-def bits(*modules: th.nn.Module) -> bytes:
-    """Every byte of the parameters and buffers."""
-    return b"".join(x.detach().numpy().tobytes() for module in modules for x in module.state_dict().values())
 
 
 # Stages 0 and 1
@@ -134,11 +128,18 @@ def stage_1(flow: FlowPolicy, weighting: str, checkpoint: TrainingCheckpoint | N
 
 @pytest.mark.parametrize(
     ("weighting", "loops"),
-    [("executed", {"stage 1": 13}), ("candidates", {"stage 0: critic": 700, "stage 1": 13, "stage 1: value": 400})],
+    [("executed", {"stage 1": 13}), ("candidates", {"stage 0: critic": 13, "stage 1": 13, "stage 1: value": 400})],
 )
 def test_stage_1(
-    flow: FlowPolicy, tmp_path: Path, crash_in: Callable[[str, int], None], weighting: str, loops: dict[str, int]
+    flow: FlowPolicy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    crash_in: Callable[[str, int], None],
+    weighting: str,
+    loops: dict[str, int],
 ) -> None:
+    for name, function in (("train_critic", train_critic), ("executed_advantages", executed_advantages)):
+        monkeypatch.setattr(pretrain, name, partial(function, n_iterations=20))  # type: ignore[operator]
     expected = stage_1(flow, weighting)
     checkpoint = TrainingCheckpoint(tmp_path, save_freq=6)
     for name, iteration in loops.items():  # every resume falls into the next loop's crash
@@ -151,23 +152,6 @@ def test_stage_1(
 
 
 # Stage 2
-
-
-class SeededEnv(ScriptedEnv):
-    """What happens depends on the last seed, the episodes since then and the actions, as in a simulator."""
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        if seed is not None:
-            self.episode = -1
-        return super().reset(seed=seed, options=options)
-
-
-def steered(flow: FlowPolicy, n_envs: int = 2) -> VecLatentSteering:
-    envs = [TimeLimit(SeededEnv(episode_lengths=(7, 99, 12), random_start=True), 20) for _ in range(n_envs)]
-    env = vec_steered(flow, envs)
-    env.seed(0)
-    assert isinstance(env, VecLatentSteering)
-    return env
 
 
 class CrashAt(BaseCallback):
@@ -183,36 +167,6 @@ class CrashAt(BaseCallback):
                 raise Crash
             signal.raise_signal(self.signal)
         return True
-
-
-TOTAL = 16 * 8  # macro-steps: 8 rollouts
-KWARGS: dict[str, Any] = dict(
-    n_steps=8,
-    batch_size=8,
-    n_epochs=2,
-    seed=3,
-    learning_rate=LinearSchedule(1e-2, 0.0, 1.0),
-    policy_kwargs=dict(net_arch=[16], prior_mix_decay=0.9),
-)
-
-
-class Stage2:
-    """Stage 2 on toys: a run that may crash, and what is left of it."""
-
-    def __init__(self, folder: Path, flow: FlowPolicy, wrap: Callable[[VecEnv], VecEnv] = VecMonitor) -> None:
-        self.flow, self.wrap, self.folder, self.path = flow, wrap, folder, folder / "resume.zip"
-
-    def run(self, goes_on: bool = False, crash: Sequence[BaseCallback] = (), seed: int = 3, **kwargs: Any) -> PPO:
-        env = self.wrap(steered(self.flow))
-        kwargs = dict(save_freq=80) | kwargs
-        self.curve = SuccessEvalCallback(steered(self.flow), eval_freq=100, n_eval_episodes=2, save_path=self.folder)
-        self.keeper = ResumeCallback(self.path, keep=[self.curve], **kwargs)
-        model = resume(PPO, self.path, env) if goes_on else None
-        overrides = KWARGS | dict(seed=seed, tensorboard_log=str(self.folder / "tb"))
-        model = model or PPO("LatentPolicy", env, **ppo_kwargs(steered(self.flow), **overrides))
-        callbacks = [self.curve, self.keeper, *crash]
-        fresh = model.num_timesteps == 0
-        return model.learn(TOTAL - model.num_timesteps, callbacks, tb_log_name="run", reset_num_timesteps=fresh)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +198,7 @@ def test_stage_2_resumed(whole: tuple[Stage2, PPO], flow: FlowPolicy, tmp_path: 
     resumed = Stage2(tmp_path, flow)
     model = resumed.run(goes_on=True)
     assert bits(model.policy) == bits(expected.policy)
-    assert model.policy.prior_mix == pytest.approx(0.3 * 0.9**7)
+    assert model.policy.prior_mix == pytest.approx(0.3 * 0.9**8)
     assert (model.num_timesteps, resumed.keeper.env_steps) == (expected.num_timesteps, stage.keeper.env_steps)
     assert resumed.curve.history == stage.curve.history and resumed.curve.env_steps == stage.curve.env_steps
     folders = list((tmp_path / "tb").iterdir())
@@ -351,68 +305,17 @@ def test_wrong_use(flow: FlowPolicy, tmp_path: Path) -> None:
         ResumeCallback(stage.path, 0)
 
 
-class Slow(BaseCallback):
-    """Gives the test time to kill."""
-
-    def _on_step(self) -> bool:
-        time.sleep(0.02)
-        return True
-
-
-def _stage_2_in_a_process(folder: Path, goes_on: bool, slow: bool) -> None:
-    th.set_num_threads(1)
-    stage = Stage2(folder, tiny_flow())
-    model = stage.run(goes_on, [Slow()] if slow else [])
-    model.save(folder / "final.zip")
-    (folder / "env_steps").write_text(str(stage.keeper.env_steps))
-
-
-def test_kill_9_and_resume(whole: tuple[Stage2, PPO], tmp_path: Path) -> None:
+def test_kill_9_and_resume(whole: tuple[Stage2, PPO], flow: FlowPolicy, tmp_path: Path) -> None:
     stage, expected = whole
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_stage_2_in_a_process, args=(tmp_path, False, True))
+    process = multiprocessing.get_context("forkserver").Process(target=run_slowly, args=(tmp_path,))
     process.start()
     while not previous(tmp_path / "resume.zip").exists():  # after the second checkpoint, in the middle of a rollout
         process.join(0.01)
         assert process.exitcode is None
     process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "final.zip").exists()
-    process = context.Process(target=_stage_2_in_a_process, args=(tmp_path, True, False))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert bits(PPO.load(tmp_path / "final.zip").policy) == bits(expected.policy)
-    assert int((tmp_path / "env_steps").read_text()) == stage.keeper.env_steps
-
-
-# The real simulator
-
-
-def test_pushcube_in_two_workers(tmp_path: Path) -> None:
-    """Stage 2 twice, and once more from a checkpoint in processes that know nothing of the first."""
-    flow = tiny_flow(35, 8, act_horizon=4, obs_horizon=1, control_mode="pd_joint_delta_pos", obs_mode="state")
-    total = 2 * 8 * 4
-
-    def run(env: VecEnv, path: Path, goes_on: bool = False) -> PPO:
-        env.seed(0)
-        model = resume(PPO, path, env) if goes_on else None
-        model = model or PPO("LatentPolicy", env, **ppo_kwargs(env, **KWARGS))
-        fresh = model.num_timesteps == 0
-        return model.learn(total - model.num_timesteps, ResumeCallback(path, save_freq=60), reset_num_timesteps=fresh)
-
-    def make() -> VecLatentSteering:
-        return make_latent_env("PushCube-v1", flow, 2, n_workers=2, max_episode_steps=20)
-
-    first, second = make(), make()
-    try:
-        expected = run(first, tmp_path / "a.zip")
-        middle = tmp_path / "middle.zip"
-        previous(tmp_path / "a.zip").rename(middle)
-        resumed = run(second, middle, goes_on=True)
-        assert bits(resumed.policy) == bits(expected.policy)
-        assert np.array_equal(resumed.rollout_buffer.rewards, expected.rollout_buffer.rewards)
-        assert bits(run(second, tmp_path / "b.zip").policy) == bits(expected.policy)
-    finally:
-        first.close()
-        second.close()
+    assert process.exitcode == -signal.SIGKILL
+    resumed = Stage2(tmp_path, flow)
+    model = resumed.run(goes_on=True)
+    assert bits(model.policy) == bits(expected.policy)
+    assert (model.num_timesteps, resumed.keeper.env_steps) == (expected.num_timesteps, stage.keeper.env_steps)

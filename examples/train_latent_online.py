@@ -51,8 +51,8 @@ class Args(FlowArgs, TrainingArgs):
     log_freq: int = 1
     """Rollouts between two records in TensorBoard."""
     reconfigure: bool = False
-    """Build the scenes anew at every checkpoint. Where a scene remembers its last episodes, as StackCube-v1's does, this makes a
-    resumed run the same bit for bit."""
+    """Build the scenes anew at every checkpoint: a resumed run is then the same bit for bit where scenes remember their last
+    episodes, as StackCube-v1's do."""
     act_horizon: int | None = None
     """A check: the flow must execute so many env steps of each chunk."""
 

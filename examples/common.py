@@ -179,7 +179,7 @@ class Run:
         if self.resumes:
             self._check_flags(flags)
         else:
-            shutil.rmtree(self.folder / "resume", ignore_errors=True)  # of an older run of this name
+            self._clear()
             with atomic_file(self.folder / "args.json") as file:
                 file.write(f"{json.dumps(flags, indent=2)}\n".encode())
         if args.track:
@@ -202,6 +202,18 @@ class Run:
                     f"--resume: {self.folder} was started with --{key} {before.get(key)}, now it is {flags.get(key)}; "
                     f"resume with the same flags"
                 )
+        if not (self.folder / "resume").is_dir():
+            print(f"--resume: {self.folder} has no checkpoint yet, it begins at its beginning")
+
+    def _clear(self) -> None:
+        """Makes room for a new run of this name."""
+        report, checkpoints = self.folder / "report.json", self.folder / "resume"
+        if checkpoints.is_dir() and not report.is_file():
+            raise ValueError(
+                f"{self.folder} holds a run that is not complete: go on with --resume, take another --exp_name, or remove it"
+            )
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        report.unlink(missing_ok=True)
 
     def checkpoint(self) -> TrainingCheckpoint:
         """Keeps the state of stage 0 or 1."""

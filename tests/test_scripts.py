@@ -106,12 +106,6 @@ def test_evaluate(runs: Path) -> None:
         ("train_flow.py", ("--demo_path", "none.h5"), "none.h5 does not exist"),
         ("train_flow.py", ("--demo_path", DEMOS, "--control_mode", "pd_ee_delta_pose"), "expected 'pd_ee_delta_pose'"),
         ("train_latent_online.py", ("--awsc_checkpoint", "no/such/folder"), "no/such/folder is neither a folder"),
-        (
-            "train_flow.py",
-            ("--demo_path", DEMOS, "--exp_name", "a", "--resume"),
-            "was started with --act_horizon 4, now it is 8",
-        ),
-        ("train_flow.py", ("--demo_path", DEMOS, "--exp_name", "z", "--resume"), "--resume: there is no run in runs/z"),
         ("evaluate.py", ("--awsc_checkpoint", "runs/a/flow", "--pred_horizon", 16), "--pred_horizon is 16, but the flow in"),
         ("evaluate.py", ("--awsc_checkpoint", "agent.pt"), "agent.pt does not tell obs_horizon (or state_dim), pred_horizon"),
     ],
@@ -122,16 +116,39 @@ def test_wrong_flags_are_one_sentence(runs: Path, script: str, flags: tuple[obje
     assert sentence in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("script", "name", "result"),
-    [("train_flow.py", "a", "flow/model.safetensors"), ("train_latent_offline.py", "b", "stage1.pt")],
-)
-def test_resume_of_a_run_that_is_complete(runs: Path, script: str, name: str, result: str) -> None:
-    path = runs / "runs" / name / result
-    before = path.read_bytes()
+def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    from common import Run, TrainingArgs
+
+    def start(**flags: Any) -> None:
+        Run("train", TrainingArgs(exp_name="a", **flags), "PushCube-v1").writer.close()
+
+    with pytest.raises(ValueError, match="--resume: there is no run in runs/a"):
+        start(resume=True)
+    start()
+    with pytest.raises(
+        ValueError, match="--resume: runs/a was started with --seed 0, now it is 1; resume with the same flags"
+    ):
+        start(resume=True, seed=1)
+    start(resume=True, num_eval_envs=3, save_freq=7)
+    (tmp_path / "runs" / "a" / "resume").mkdir()
+    with pytest.raises(ValueError, match="runs/a holds a run that is not complete: go on with --resume"):
+        start()
+    (tmp_path / "runs" / "a" / "report.json").write_text("{}")
+    start()
+    assert not (tmp_path / "runs" / "a" / "resume").exists()
+
+
+def test_resume_of_stage_1_when_it_is_complete(runs: Path) -> None:
+    path = runs / "runs" / "b" / "stage1.pt"
+    expected, before = LatentPolicy.load(str(path)), report(runs, "b")
     path.unlink()
-    assert resumed(runs, script, name).returncode == 0
-    assert path.read_bytes() == before
+    done = resumed(runs, "train_latent_offline.py", "b")
+    assert done.returncode == 0 and "rollouts:" not in done.stderr, done.stderr[-3000:]
+    for key, x in LatentPolicy.load(str(path)).state_dict().items():
+        assert th.equal(expected.state_dict()[key], x), key
+    assert report(runs, "b")["env_steps"] == before["env_steps"]
 
 
 def test_resume_of_stage_2(runs: Path) -> None:

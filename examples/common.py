@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,16 @@ import tyro
 from stable_baselines3.common.utils import set_random_seed
 from torch.utils.tensorboard import SummaryWriter
 
-from sb3_dsrl import EvalResult, FlowPolicy, VecLatentSteering, evaluate, make_latent_env, results_table
+from sb3_dsrl import (
+    EvalResult,
+    FlowPolicy,
+    TrainingCheckpoint,
+    VecLatentSteering,
+    evaluate,
+    make_latent_env,
+    results_table,
+)
+from sb3_dsrl.checkpoint import atomic_file
 from sb3_dsrl.evaluation import Player
 from sb3_dsrl.legacy import load_awsc_checkpoint
 
@@ -62,6 +72,29 @@ class RunArgs:
     def ignores_terminations(self) -> bool:
         """Whether episodes go on after success."""
         return self.reward_mode != "sparse" if self.ignore_terminations is None else self.ignore_terminations
+
+
+@dataclass(kw_only=True)
+class TrainingArgs(RunArgs):
+    """Flags of every script that trains."""
+
+    resume: bool = False
+    """Go on with the run of this name, which was started with the same flags, from its newest checkpoint."""
+    save_freq: int | None = None
+    """Env steps (stage 2) or iterations (stages 0 and 1) between two checkpoints; 3,000 of each env or 500 if not given."""
+
+
+#: Flags that may be others after a resume.
+FREE_FLAGS = {
+    "resume",
+    "save_freq",
+    "exp_name",
+    "num_eval_envs",
+    "num_eval_episodes",
+    "capture_video",
+    "track",
+    "wandb_project_name",
+}
 
 
 @dataclass(kw_only=True)
@@ -149,9 +182,14 @@ class Run:
         self.args, self.env_id, self.start = args, env_id, time.time()
         self.name = args.exp_name or f"{script}__{env_id}__{args.seed}"
         self.folder = Path("runs") / self.name
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.resumes = isinstance(args, TrainingArgs) and args.resume
         flags = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
-        (self.folder / "args.json").write_text(json.dumps(flags, indent=2) + "\n")
+        if self.resumes:
+            self._check_flags(flags)
+        else:
+            self._clear()
+            with atomic_file(self.folder / "args.json") as file:
+                file.write(f"{json.dumps(flags, indent=2)}\n".encode())
         if args.track:
             import wandb
 
@@ -160,6 +198,35 @@ class Run:
         th.set_num_threads(args.torch_threads)
         self.writer = SummaryWriter(str(self.folder / "tensorboard"))
         self.rows: list[EvalResult] = []
+
+    def _check_flags(self, flags: dict[str, Any]) -> None:
+        path = self.folder / "args.json"
+        if not path.is_file():
+            raise ValueError(f"--resume: there is no run in {self.folder}; start it without --resume")
+        before = json.loads(path.read_text())
+        for key in sorted((flags.keys() | before.keys()) - FREE_FLAGS):
+            if before.get(key) != flags.get(key):
+                raise ValueError(
+                    f"--resume: {self.folder} was started with --{key} {before.get(key)}, now it is {flags.get(key)}; "
+                    f"resume with the same flags"
+                )
+        if not (self.folder / "resume").is_dir():
+            print(f"--resume: {self.folder} has no checkpoint yet, it begins at its beginning")
+
+    def _clear(self) -> None:
+        """Makes room for a new run of this name."""
+        report, checkpoints = self.folder / "report.json", self.folder / "resume"
+        if checkpoints.is_dir() and not report.is_file():
+            raise ValueError(
+                f"{self.folder} holds a run that is not complete: go on with --resume, take another --exp_name, or remove it"
+            )
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        report.unlink(missing_ok=True)
+
+    def checkpoint(self) -> TrainingCheckpoint:
+        """Keeps the state of stage 0 or 1."""
+        assert isinstance(self.args, TrainingArgs)
+        return TrainingCheckpoint(self.folder / "resume", self.args.save_freq or 500, self.resumes)
 
     @property
     def tensorboard(self) -> Path:
@@ -199,7 +266,8 @@ class Run:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         report = dict(env_id=self.env_id, seed=self.args.seed, wall_seconds=seconds, peak_memory_mb=round(peak), **report)
         report["rows"] = [row.as_row() for row in self.rows]
-        (self.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        with atomic_file(self.folder / "report.json") as file:
+            file.write(f"{json.dumps(report, indent=2)}\n".encode())
         if self.rows:
             print(f"\n{results_table(self.rows)}")
         print(f"\n{self.env_id}, seed {self.args.seed}: {seconds:.0f} s; everything is in {self.folder}/")
@@ -220,4 +288,7 @@ def cli(main: Callable[[Args], None], args_class: type[Args]) -> NoReturn:
     except (ValueError, FileNotFoundError) as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).stem}: stopped at once; checkpoints stay as they are", file=sys.stderr)
+        sys.exit(130)
     sys.exit(0)

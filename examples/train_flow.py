@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import Run, RunArgs, cli, make_env
+from common import Run, TrainingArgs, cli, make_env
 
 from sb3_dsrl import (
     FlowPolicy,
@@ -23,7 +23,7 @@ from sb3_dsrl import (
 
 
 @dataclass(kw_only=True)
-class Args(RunArgs):
+class Args(TrainingArgs):
     """Stage 0."""
 
     demo_path: Path
@@ -67,6 +67,7 @@ def main(args: Args) -> None:
         if wanted is not None and wanted != found:
             raise ValueError(f"--{flag} is {wanted}, but {args.demo_path} holds {found}")
     run = Run("train_flow", args, demos.env_id)
+    checkpoint = run.checkpoint()
     policy_class: type[FlowPolicy] = FlowPolicy
     if args.policy == "diffusion":
         from sb3_dsrl.diffusion import DiffusionPolicy
@@ -87,11 +88,18 @@ def main(args: Args) -> None:
         learning_rate=args.lr,
         tensorboard_log=run.tensorboard / "flow",
         progress_bar=True,
+        checkpoint=checkpoint,
     )
     if args.critic_iters:
         transitions = demo_transitions(flow, demos, ignore_terminations=args.ignores_terminations)
-        log = run.tensorboard / "critic"
-        train_critic(flow, transitions, n_iterations=args.critic_iters, tensorboard_log=log, progress_bar=True)
+        train_critic(
+            flow,
+            transitions,
+            n_iterations=args.critic_iters,
+            tensorboard_log=run.tensorboard / "critic",
+            progress_bar=True,
+            checkpoint=checkpoint,
+        )
     flow.save_pretrained(run.folder / "flow")
     if args.num_eval_episodes:
         env = make_env(args, flow, args.num_eval_envs)

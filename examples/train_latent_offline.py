@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from common import FlowArgs, Run, cli, load_flow, make_env
+from common import FlowArgs, Run, TrainingArgs, cli, load_flow, make_env
 from stable_baselines3 import PPO
 
-from sb3_dsrl import collect_rollouts, find_ticket, ppo_kwargs, pretrain_latent
+from sb3_dsrl import Rollouts, Ticket, collect_rollouts, find_ticket, ppo_kwargs, pretrain_latent
+from sb3_dsrl.checkpoint import atomic_file
 
 
 @dataclass(kw_only=True)
-class Args(FlowArgs):
+class Args(FlowArgs, TrainingArgs):
     """Stage 1."""
 
     demo_path: Path | None = None
@@ -60,10 +61,11 @@ def main(args: Args) -> None:
     flow = load_flow(args)
     env = make_env(args, flow, args.num_envs, args.seed)
     run = Run("train_latent_offline", args, args.env_id or str(flow.env_id))
+    checkpoint = run.checkpoint()
     env_steps, policy_kwargs = 0, dict[str, Any](log_std_init=float(np.log(args.std)))
     if args.ticket:
         rounds = ((args.ticket_noises, 8), (max(1, args.ticket_noises // 6), 32))
-        ticket = find_ticket(env, rounds=rounds, seed=args.seed, progress_bar=True)
+        ticket = checkpoint.once("ticket", Ticket, lambda: find_ticket(env, rounds=rounds, seed=args.seed, progress_bar=True))
         env_steps += ticket.env_steps
         policy_kwargs["centre"] = ticket.w
     model = PPO("LatentPolicy", env, **ppo_kwargs(env, policy_kwargs=policy_kwargs, seed=args.seed))
@@ -71,7 +73,11 @@ def main(args: Args) -> None:
         rollouts = None
         if args.rollout_episodes:
             player = model if args.ticket else flow
-            rollouts = collect_rollouts(player, env, args.rollout_episodes, seed=args.seed, progress_bar=True)
+            rollouts = checkpoint.once(
+                "rollouts",
+                Rollouts,
+                lambda: collect_rollouts(player, env, args.rollout_episodes, seed=args.seed, progress_bar=True),
+            )
             env_steps += rollouts.env_steps
         pretrain_latent(
             model,
@@ -90,8 +96,10 @@ def main(args: Args) -> None:
             ignore_terminations=args.ignores_terminations,
             tensorboard_log=run.tensorboard / "stage1",
             progress_bar=True,
+            checkpoint=checkpoint,
         )
-    model.policy.save(str(run.folder / "stage1.pt"))
+    with atomic_file(run.folder / "stage1.pt") as file:
+        model.policy.save(file)  # type: ignore[arg-type]  # SB3 hands it on to torch
     if args.num_eval_episodes:
         run.evaluate("prior", "prior", env, flow)
         run.evaluate("stage1", model, env, flow)

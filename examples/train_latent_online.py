@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import FlowArgs, Run, cli, load_flow, make_env
+from common import FlowArgs, Run, TrainingArgs, cli, load_flow, make_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
-from sb3_dsrl import LatentPolicy, ppo_kwargs
-from sb3_dsrl.callbacks import SuccessEvalCallback
+from sb3_dsrl import LatentPolicy, ResumeCallback, SuccessEvalCallback, ppo_kwargs, resume
+from sb3_dsrl.checkpoint import atomic_file
 
 
 @dataclass(kw_only=True)
-class Args(FlowArgs):
+class Args(FlowArgs, TrainingArgs):
     """Stage 2."""
 
     stage1_checkpoint: Path | None = None
@@ -50,6 +50,9 @@ class Args(FlowArgs):
     """Episodes of each of them."""
     log_freq: int = 1
     """Rollouts between two records in TensorBoard."""
+    reconfigure: bool = False
+    """Build the scenes anew at every checkpoint: a resumed run is then the same bit for bit where scenes remember their last
+    episodes, as StackCube-v1's do."""
     act_horizon: int | None = None
     """A check: the flow must execute so many env steps of each chunk."""
 
@@ -81,10 +84,14 @@ def main(args: Args) -> None:
         overrides |= dict(n_steps=args.rollout_steps, batch_size=max(2, args.rollout_steps * args.num_envs // 4))
     if args.batch_size is not None:
         overrides["batch_size"] = args.batch_size
-    model = PPO("LatentPolicy", env, **ppo_kwargs(env, **overrides))
+    saved = run.folder / "resume" / "stage2.zip"
+    model = resume(PPO, saved, env) if run.resumes else None
+    if model is None:
+        model = PPO("LatentPolicy", env, **ppo_kwargs(env, **overrides))
+        if stage1 is not None:
+            stage1.copy_into(model)
     stage1_steps = 0
-    if args.stage1_checkpoint is not None and stage1 is not None:
-        stage1.copy_into(model)
+    if args.stage1_checkpoint is not None:
         report = args.stage1_checkpoint.parent / "report.json"
         stage1_steps = json.loads(report.read_text()).get("env_steps", 0) if report.is_file() else 0
 
@@ -92,10 +99,19 @@ def main(args: Args) -> None:
     curve = SuccessEvalCallback(
         eval_env, args.eval_freq, args.eval_freq_episodes, stochastic=True, save_path=checkpoints, env_steps=stage1_steps
     )
-    macro_steps = args.total_timesteps // flow.act_horizon
-    model.learn(macro_steps, curve, args.log_freq, tb_log_name="stage2", progress_bar=True)
+    options = dict(reconfigure=True) if args.reconfigure else None
+    keeper = ResumeCallback(saved, args.save_freq, keep=[curve], reset_options=options)
+    model.learn(
+        args.total_timesteps // flow.act_horizon - model.num_timesteps,
+        [curve, keeper],
+        args.log_freq,
+        tb_log_name="stage2",
+        reset_num_timesteps=model.num_timesteps == 0,
+        progress_bar=True,
+    )
     rate = round(curve.env_steps_per_second, 1)
-    model.save(checkpoints / "final.zip")
+    with atomic_file(checkpoints / "final.zip") as file:
+        model.save(file)
     if args.num_eval_episodes:
         run.evaluate("prior", "prior", eval_env, flow)
         run.evaluate("stage2", model, eval_env, flow)

@@ -7,6 +7,7 @@ from stable_baselines3 import A2C, PPO
 
 from sb3_dsrl.best_of import BestOfM
 from sb3_dsrl.callbacks import SuccessEvalCallback
+from sb3_dsrl.checkpoint import TrainingCheckpoint
 from sb3_dsrl.defaults import ppo_kwargs
 from sb3_dsrl.demos import load_demos
 from sb3_dsrl.encoders import ImageEncoder, StateEncoder
@@ -19,6 +20,7 @@ from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.offline import train_critic, train_flow
 from sb3_dsrl.policies import LatentPolicy
 from sb3_dsrl.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.resuming import ResumeCallback, resume
 from sb3_dsrl.steerability import SteerabilityReport, steerability
 from sb3_dsrl.steering import NoiseSpace
 from sb3_dsrl.tickets import Ticket, find_ticket
@@ -43,11 +45,13 @@ __all__ = [
     "LatentSteeringWrapper",
     "NoisePolicy",
     "NoiseSpace",
+    "ResumeCallback",
     "Rollouts",
     "StateEncoder",
     "SteerabilityReport",
     "SuccessEvalCallback",
     "Ticket",
+    "TrainingCheckpoint",
     "VecLatentSteering",
     "VelocityMLP",
     "VelocityUNet",
@@ -65,6 +69,7 @@ __all__ = [
     "pretrain_latent",
     "results_table",
     "steerability",
+    "resume",
     "train_critic",
     "train_flow",
 ]

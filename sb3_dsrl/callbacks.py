@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_dsrl.checkpoint import atomic_file
 from sb3_dsrl.evaluation import EvalResult, evaluate
 
 
@@ -58,8 +60,18 @@ class SuccessEvalCallback(BaseCallback):
         start, steps = self._start
         return (self.env_steps - steps) / max(time.time() - start - self._measuring, 1e-9)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The curve so far, for :class:`~sb3_dsrl.ResumeCallback`."""
+        return dict(env_steps=self.env_steps, history=self.history, best=self._best)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with a curve."""
+        self.env_steps, self.history = state_dict["env_steps"], list(state_dict["history"])
+        self._best = dict(state_dict["best"])
+
     def _on_training_start(self) -> None:
-        self.measure()
+        if not self.history:
+            self.measure()
         self._start, self._measuring = (time.time(), self.env_steps), 0.0
 
     def _on_step(self) -> bool:
@@ -90,11 +102,15 @@ class SuccessEvalCallback(BaseCallback):
         self.logger.record("time/env_steps", self.env_steps)
         self.logger.dump(self.num_timesteps)
         if self.save_path is not None:
-            self.save_path.mkdir(parents=True, exist_ok=True)
-            self.model.save(self.save_path / "latest.zip")
+            self._save("latest")
             for key in ("success_at_end", "success_once"):
                 value = getattr(results[0], key)
                 if value > self._best.get(key, -1.0):
                     self._best[key] = value
-                    self.model.save(self.save_path / f"best_{key}.zip")
+                    self._save(f"best_{key}")
         self._measuring += time.time() - start
+
+    def _save(self, name: str) -> None:
+        assert self.save_path is not None
+        with atomic_file(self.save_path / f"{name}.zip") as file:
+            self.model.save(file)

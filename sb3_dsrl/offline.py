@@ -17,6 +17,7 @@ import torch as th
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from sb3_dsrl.checkpoint import Stateful, TrainingCheckpoint
 from sb3_dsrl.demos import Demos, load_demos
 from sb3_dsrl.features import FeatureTransitions
 from sb3_dsrl.flow import FlowPolicy
@@ -73,6 +74,7 @@ def train_flow(
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
     **create_kwargs: Any,
 ) -> FlowPolicy:
     """
@@ -96,6 +98,7 @@ def train_flow(
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
+    :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
     :param create_kwargs: arguments of :meth:`FlowPolicy.create` when ``flow`` is None, such as ``velocity_class``,
         ``obs_horizon``, ``pred_horizon``, ``act_horizon``, ``gamma``
     :return: the trained policy, frozen
@@ -133,7 +136,10 @@ def train_flow(
     parameters = [parameter for net in learning for parameter in net.parameters()]
     optimizer = th.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_iterations)
-    loop = ProgressLoop("stage 0: flow", n_iterations, progress_bar, tensorboard_log)
+    parts: dict[str, Stateful] = dict(optimizer=optimizer, schedule=schedule, windows=windows)
+    for i, (net, average) in enumerate(zip(learning, averages, strict=True)):
+        parts |= {f"network {i}": net, f"average {i}": average}
+    loop = ProgressLoop("stage 0: flow", n_iterations, progress_bar, tensorboard_log, checkpoint=checkpoint, parts=parts)
     for _ in loop:
         cond, chunk, weights = windows.sample(batch_size)
         losses = flow.imitation_loss(averages[0], cond, chunk, weights, consistency_fraction)
@@ -162,6 +168,7 @@ def train_critic(
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
 ) -> EnsembleChunkCritic:
     """
     Stage 0: trains the chunk critic by SMDP temporal differences under the frozen flow.
@@ -176,6 +183,7 @@ def train_critic(
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
+    :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
     :return: the critic, frozen
     :raises ValueError: if there is no critic to train
     """
@@ -187,7 +195,8 @@ def train_critic(
     critic.train().requires_grad_(True)
     target = AveragedModel(critic, multi_avg_fn=get_ema_multi_avg_fn(1 - tau))
     optimizer = th.optim.Adam(critic.parameters(), lr=learning_rate)
-    loop = ProgressLoop("stage 0: critic", n_iterations, progress_bar, tensorboard_log)
+    parts: dict[str, Stateful] = dict(critic=critic, target=target, optimizer=optimizer)
+    loop = ProgressLoop("stage 0: critic", n_iterations, progress_bar, tensorboard_log, checkpoint=checkpoint, parts=parts)
     for _ in loop:
         batch = transitions[th.randint(len(transitions), (batch_size,), device=transitions.cond.device)]
         with th.no_grad():

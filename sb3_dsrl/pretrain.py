@@ -20,6 +20,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 from tqdm import tqdm
 
+from sb3_dsrl.checkpoint import Stateful, TrainingCheckpoint
 from sb3_dsrl.demos import Demos, load_demos
 from sb3_dsrl.evaluation import Rollouts
 from sb3_dsrl.features import FeatureTransitions, demo_transitions
@@ -279,6 +280,7 @@ def pretrain_latent(
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
 ) -> LatentPolicy:
     """
     Stage 1: trains a latent policy offline, before PPO or into a model that exists.
@@ -316,6 +318,7 @@ def pretrain_latent(
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
+    :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
     :return: the trained policy, in evaluation mode
     :raises ValueError: if the data does not fit the flow, is missing, or is missing what the weighting needs, or an
         argument is out of range
@@ -351,7 +354,7 @@ def pretrain_latent(
     transitions, critic = None, None
     if warm_start_value or not executed:
         transitions = _all_transitions(flow, demos, rollouts, ignore_terminations)
-        critic = _critic(flow, transitions, rollouts, tensorboard_log, progress_bar)
+        critic = _critic(flow, transitions, rollouts, tensorboard_log, progress_bar, checkpoint)
     source: _ExecutedNoise | _WeightedCandidates
     if executed:
         if rollouts is None:
@@ -372,10 +375,21 @@ def pretrain_latent(
                 steering, critic, transitions.cond, pool_size, n_candidates, kappa, progress_bar
             )
         source = _WeightedCandidates(candidates, steering.rows, tau, beta, normalize_advantages)
-    _fit_policy(policy, source, n_iterations, batch_size, learning_rate, kl_coef, learn_std, tensorboard_log, progress_bar)
+    _fit_policy(
+        policy,
+        source,
+        n_iterations,
+        batch_size,
+        learning_rate,
+        kl_coef,
+        learn_std,
+        tensorboard_log,
+        progress_bar,
+        checkpoint,
+    )
     if warm_start_value:
         assert critic is not None and transitions is not None
-        _fit_value(policy, steering, critic, transitions.cond, batch_size, tensorboard_log, progress_bar)
+        _fit_value(policy, steering, critic, transitions.cond, batch_size, tensorboard_log, progress_bar, checkpoint)
     return policy.to(home).eval()
 
 
@@ -428,12 +442,20 @@ def _critic(
     rollouts: Rollouts | None,
     tensorboard_log: str | Path | None,
     progress_bar: bool,
+    checkpoint: TrainingCheckpoint | None,
 ) -> EnsembleChunkCritic:
     if flow.critic is None:
         raise ValueError("This flow has no critic to score candidates with: use weighting='executed' with rollouts")
     if rollouts is not None:
         critic = deepcopy(flow.critic)
-        return train_critic(flow, transitions, critic=critic, tensorboard_log=tensorboard_log, progress_bar=progress_bar)
+        return train_critic(
+            flow,
+            transitions,
+            critic=critic,
+            tensorboard_log=tensorboard_log,
+            progress_bar=progress_bar,
+            checkpoint=checkpoint,
+        )
     if not flow.critic.updates:
         raise ValueError("This flow's critic is untrained: call train_critic(flow, demo_transitions(flow, demos)) first")
     return flow.critic
@@ -449,11 +471,13 @@ def _fit_policy(
     learn_std: bool,
     tensorboard_log: str | Path | None,
     progress_bar: bool,
+    checkpoint: TrainingCheckpoint | None,
 ) -> None:
     params = [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
     params += [policy.log_std] if learn_std else []
     optimizer = th.optim.Adam(params, lr=learning_rate)
-    loop = ProgressLoop("stage 1", n_iterations, progress_bar, tensorboard_log)
+    parts: dict[str, Stateful] = dict(policy=policy, optimizer=optimizer)
+    loop = ProgressLoop("stage 1", n_iterations, progress_bar, tensorboard_log, checkpoint=checkpoint, parts=parts)
     for _ in loop:
         cond, w, weights, scalars = source.sample(batch_size)
         loss = aw_mle_loss(policy, cond, w, weights, kl_coef)
@@ -480,11 +504,13 @@ def _fit_value(
     batch_size: int,
     tensorboard_log: str | Path | None,
     progress_bar: bool,
+    checkpoint: TrainingCheckpoint | None,
     n_iterations: int = 500,
 ) -> None:
     params = [*policy.mlp_extractor.value_net.parameters(), *policy.value_net.parameters()]
     optimizer = th.optim.Adam(params, lr=1e-3)
-    loop = ProgressLoop("stage 1: value", n_iterations, progress_bar, tensorboard_log)
+    parts: dict[str, Stateful] = dict(policy=policy, optimizer=optimizer)
+    loop = ProgressLoop("stage 1: value", n_iterations, progress_bar, tensorboard_log, checkpoint=checkpoint, parts=parts)
     for _ in loop:
         batch = cond[th.randint(len(cond), (batch_size,))]
         with th.no_grad():

@@ -1,25 +1,31 @@
-"""Progress bar and TensorBoard of the two offline stages, as one loop object."""
+"""Progress bar, TensorBoard and checkpoints of the two offline stages, as one loop object."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch as th
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sb3_dsrl.checkpoint import Stateful, TrainingCheckpoint
+from sb3_dsrl.interrupt import StopSignals
+
 
 class ProgressLoop:
     """
-    Iterates ``n_iterations`` times with a progress bar; :meth:`log` writes scalars now and then.
+    Iterates ``n_iterations`` times with a progress bar; :meth:`log` writes scalars now and then. With a checkpoint it first
+    takes over the state of the iterations that are done, and leaves them out.
 
     :param name: shown beside the bar and in errors
     :param n_iterations: length of the loop
     :param progress_bar: show the bar
     :param tensorboard_log: folder for TensorBoard, or None
     :param every: iterations between two records
+    :param checkpoint: keeps the state, or None
+    :param parts: whatever changes in the loop
     """
 
     def __init__(
@@ -29,19 +35,39 @@ class ProgressLoop:
         progress_bar: bool = False,
         tensorboard_log: str | Path | None = None,
         every: int = 100,
+        checkpoint: TrainingCheckpoint | None = None,
+        parts: Mapping[str, Stateful] | None = None,
     ) -> None:
         self.name, self.n_iterations, self.every = name, n_iterations, every
         self.last: dict[str, float] = {}
-        self._writer = SummaryWriter(str(tensorboard_log)) if tensorboard_log is not None else None
-        self._bar = tqdm(range(n_iterations), desc=name, disable=not progress_bar)
+        self._checkpoint, self._parts = checkpoint, parts or {}
         self._i = 0
+        if checkpoint is not None:
+            self._file = checkpoint.file(name)
+            self._i = checkpoint.load(self._file, n_iterations, self._parts)
+        # records after the checkpoint come once more
+        purge = self._i or None
+        self._writer = SummaryWriter(str(tensorboard_log), purge_step=purge) if tensorboard_log is not None else None
+        self._bar = tqdm(
+            range(self._i, n_iterations), desc=name, disable=not progress_bar, initial=self._i, total=n_iterations
+        )
 
     def __iter__(self) -> Iterator[int]:
+        signals = StopSignals("the end of this iteration")
+        if self._checkpoint is not None:
+            signals.listen()
         try:
             for i in self._bar:
                 self._i = i
                 yield i
+                if self._checkpoint is not None:
+                    done = i + 1
+                    if signals.received or done % self._checkpoint.save_freq == 0 or done == self.n_iterations:
+                        self._checkpoint.save(self._file, done, self.n_iterations, self._parts)
+                    if signals.received:
+                        signals.leave(f"a resume goes on from {self._file}")
         finally:
+            signals.ignore()
             self._bar.close()
             if self._writer is not None:
                 self._writer.close()

@@ -5,7 +5,6 @@ Letters in shapes: ``B`` batch, ``n`` windows, ``T`` = pred_horizon, ``A`` actio
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from typing import Any
 
@@ -43,6 +42,14 @@ class FeatureWindows:
         index = th.randint(len(self.chunk), (batch_size,), device=self.chunk.device)
         return self.cond[index], self.chunk[index], None if self.weights is None else self.weights[index]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is not computed from flow and demos."""
+        return {"weights": self.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state over."""
+        self.weights = state_dict["weights"]
+
 
 class ImageWindows:
     """
@@ -65,19 +72,31 @@ class ImageWindows:
         self._flow, self._pad, self._turnover = flow, random_shift_pad, turnover
         self._episodes = demos.episodes
         self._chunks = [chunks_from_now(episode, demos.control_mode, flow.pred_horizon) for episode in demos.episodes]
-        order = th.randperm(len(self._episodes)).tolist()
-        self._next = itertools.cycle(order)
+        self._order: list[int] = th.randperm(len(self._episodes)).tolist()
         self._held: deque[tuple[int, Any]] = deque()
+        self._loaded, self._batches = 0, 0
         used = 0
-        while len(self._held) < len(order) and (not self._held or used < memory):
+        while len(self._held) < len(self._order) and (not self._held or used < memory):
             used += self._load()
-        self._batches = 0
 
     def _load(self) -> int:
-        i = next(self._next)
+        i = self._order[self._loaded % len(self._order)]
+        self._loaded += 1
         obs = self._episodes[i].read_obs()
         self._held.append((i, obs))
         return sum(x.nbytes for x in obs.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which episodes are held, and which come next."""
+        return dict(order=self._order, held=len(self._held), loaded=self._loaded, batches=self._batches)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state over, and reads the episodes that were held."""
+        self._order, self._batches = state_dict["order"], state_dict["batches"]
+        self._loaded = state_dict["loaded"] - state_dict["held"]
+        self._held.clear()
+        for _ in range(state_dict["held"]):
+            self._load()
 
     def sample(self, batch_size: int) -> Batch:
         """

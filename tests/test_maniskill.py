@@ -1,6 +1,7 @@
 """The wrappers on real ManiSkill envs: PushCube-v1 and PickCube-v1 on the CPU."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,12 +16,16 @@ from sb3_dsrl import (
     ActionChunkWrapper,
     FlowPolicy,
     LatentSteeringWrapper,
+    ResumeCallback,
     collect_rollouts,
     evaluate,
     make_latent_env,
     ppo_kwargs,
+    resume,
 )
+from sb3_dsrl.checkpoint import previous
 from tests.envs import tiny_flow
+from tests.stage2 import bits
 
 TASKS = {"PushCube-v1": 35, "PickCube-v1": 42}
 MODES = dict(obs_mode="state", control_mode="pd_joint_delta_pos", sim_backend="physx_cpu", render_backend="none")
@@ -156,3 +161,29 @@ def test_batched_simulator_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"use make_latent_env\('PushCube-v1', flow, n_envs=4\)"):
         LatentSteeringWrapper(Batched(), flow_for("PushCube-v1"))
+
+
+def test_stage_2_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    """Twice, and once more from a checkpoint in processes that know nothing of the first."""
+    kwargs: dict[str, Any] = dict(n_steps=8, batch_size=8, n_epochs=2, seed=3, policy_kwargs=dict(net_arch=[16]))
+    total = 2 * 8 * 4
+
+    def run(env: VecEnv, path: Path) -> PPO:
+        model = resume(PPO, path, env) or PPO("LatentPolicy", env, **ppo_kwargs(env, **kwargs))
+        fresh = model.num_timesteps == 0
+        return model.learn(total - model.num_timesteps, ResumeCallback(path, save_freq=60), reset_num_timesteps=fresh)
+
+    def make() -> VecEnv:
+        return make_latent_env("PushCube-v1", flow_for("PushCube-v1"), 2, n_workers=2, max_episode_steps=20)
+
+    first, second = make(), make()
+    try:
+        expected = run(first, tmp_path / "a.zip")
+        previous(tmp_path / "a.zip").rename(tmp_path / "middle.zip")
+        for path in ("middle.zip", "b.zip"):  # the first is there, the second is not
+            model = run(second, tmp_path / path)
+            assert bits(model.policy) == bits(expected.policy)
+            assert np.array_equal(model.rollout_buffer.rewards, expected.rollout_buffer.rewards)
+    finally:
+        first.close()
+        second.close()

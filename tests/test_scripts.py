@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch as th
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,6 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (
                 *(*flow, *stage1, "--total_timesteps", 64, "--rollout_steps", 8, "--ppo_epochs", 1, "--exp_name", "c"),
                 *("--eval_freq", 32, "--eval_freq_episodes", 1, "--prior_mix_ratio", 0.2, "--lr", 1e-3, "--capture_video"),
+                *("--save_freq", 30),
             ),
         ),
         (
@@ -120,3 +122,66 @@ def test_wrong_flags_are_one_sentence(runs: Path, script: str, flags: tuple[obje
     done = run_script(script, *flags, cwd=runs)
     assert done.returncode == 2
     assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    from common import Run, TrainingArgs
+
+    def start(**flags: Any) -> None:
+        Run("train", TrainingArgs(exp_name="a", **flags), "PushCube-v1").writer.close()
+
+    with pytest.raises(ValueError, match="--resume: there is no run in runs/a"):
+        start(resume=True)
+    start()
+    with pytest.raises(
+        ValueError, match="--resume: runs/a was started with --seed 0, now it is 1; resume with the same flags"
+    ):
+        start(resume=True, seed=1)
+    start(resume=True, num_eval_envs=3, save_freq=7)
+    (tmp_path / "runs" / "a" / "resume").mkdir()
+    with pytest.raises(ValueError, match="runs/a holds a run that is not complete: go on with --resume"):
+        start()
+    (tmp_path / "runs" / "a" / "report.json").write_text("{}")
+    start()
+    assert not (tmp_path / "runs" / "a" / "resume").exists()
+
+
+def test_resume_of_stage_1_when_it_is_complete(runs: Path) -> None:
+    path = runs / "runs" / "b" / "stage1.pt"
+    expected, before = LatentPolicy.load(str(path)), report(runs, "b")
+    path.unlink()
+    done = resumed(runs, "train_latent_offline.py", "b")
+    assert done.returncode == 0 and "rollouts:" not in done.stderr, done.stderr[-3000:]
+    for key, x in LatentPolicy.load(str(path)).state_dict().items():
+        assert th.equal(expected.state_dict()[key], x), key
+    assert report(runs, "b")["env_steps"] == before["env_steps"]
+
+
+def test_resume_of_stage_2(runs: Path) -> None:
+    """From the checkpoint in its middle, in another process: the same model and the same curve."""
+    path, before = runs / "runs" / "c" / "checkpoints" / "final.zip", report(runs, "c")
+    expected = PPO.load(path)
+    path.unlink()
+    done = resumed(runs, "train_latent_online.py", "c")
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = PPO.load(path)
+    assert model.num_timesteps == expected.num_timesteps
+    for key, x in expected.policy.state_dict().items():
+        assert th.equal(model.policy.state_dict()[key], x), key
+    after = report(runs, "c")
+    assert (after["curve"], after["env_steps"]) == (before["curve"], before["env_steps"])
+
+
+def resumed(runs: Path, script: str, name: str) -> subprocess.CompletedProcess[str]:
+    """The same flags once more, and ``--resume``."""
+    args = json.loads((runs / "runs" / name / "args.json").read_text()) | dict(num_eval_episodes=0, track=None)
+    flags: list[object] = [
+        "--resume",
+        *(f"--{key}" for key, value in args.items() if value is True and key != "capture_video"),
+    ]
+    for key, value in args.items():
+        if value is not None and not isinstance(value, bool):
+            flags += [f"--{key}", value]
+    return run(script, runs, *flags)

@@ -1,6 +1,7 @@
 """The scripts of the three stages, one after the other, as a user runs them; and what they say to wrong flags."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_resume_of_stage_1_when_it_is_complete(runs: Path) -> None:
 
 
 def test_resume_of_stage_2(runs: Path) -> None:
-    """From the checkpoint in its middle, in another process: the same model and the same curve."""
+    """From the checkpoint in its middle: the same model and the same curve."""
     path, before = runs / "runs" / "c" / "checkpoints" / "final.zip", report(runs, "c")
     expected = PPO.load(path)
     path.unlink()
@@ -184,4 +185,4 @@ def resumed(runs: Path, script: str, name: str) -> subprocess.CompletedProcess[s
     for key, value in args.items():
         if value is not None and not isinstance(value, bool):
             flags += [f"--{key}", value]
-    return run(script, runs, *flags)
+    return run_script(script, *flags, cwd=runs)

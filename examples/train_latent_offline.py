@@ -14,7 +14,7 @@ import numpy as np
 from common import FlowArgs, Run, TrainingArgs, cli, load_flow, make_env
 from stable_baselines3 import PPO
 
-from sb3_dsrl import Rollouts, Ticket, collect_rollouts, find_ticket, ppo_kwargs, pretrain_latent
+from sb3_dsrl import Gate, Rollouts, Ticket, collect_rollouts, find_ticket, ppo_kwargs, pretrain_latent
 from sb3_dsrl.checkpoint import atomic_file
 
 
@@ -36,6 +36,8 @@ class Args(FlowArgs, TrainingArgs):
     """Noises that the search for a ticket starts with."""
     std: float = 0.45
     """Standard deviation of a new policy; 1 is the prior's."""
+    gate_episodes: int = 0
+    """Test the result on so many fresh episodes and keep the start (a ticket, say) if that was better; 0 keeps the result."""
     total_iters: int | None = None
     """Optimiser steps; 500 for executed noises and 2,000 for candidates if not given."""
     batch_size: int = 256
@@ -79,6 +81,7 @@ def main(args: Args) -> None:
                 lambda: collect_rollouts(player, env, args.rollout_episodes, seed=args.seed, progress_bar=True),
             )
             env_steps += rollouts.env_steps
+        gate = Gate(env, args.gate_episodes) if args.gate_episodes else None
         pretrain_latent(
             model,
             args.demo_path,
@@ -93,11 +96,13 @@ def main(args: Args) -> None:
             beta=args.advantage_temperature,
             tau=args.tau,
             kl_coef=args.kl_coef,
+            gate=gate,
             ignore_terminations=args.ignores_terminations,
             tensorboard_log=run.tensorboard / "stage1",
             progress_bar=True,
             checkpoint=checkpoint,
         )
+        env_steps += 0 if gate is None else gate.env_steps
     with atomic_file(run.folder / "stage1.pt") as file:
         model.policy.save(file)  # type: ignore[arg-type]  # SB3 hands it on to torch
     if args.num_eval_episodes:

@@ -14,6 +14,7 @@ from sb3_dsrl.encoders import ImageEncoder, StateEncoder
 from sb3_dsrl.evaluation import EvalResult, Rollouts, collect_rollouts, evaluate, results_table
 from sb3_dsrl.features import demo_transitions
 from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.gate import Gate
 from sb3_dsrl.legacy import load_awsc_checkpoint
 from sb3_dsrl.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.noise_policy import NoisePolicy
@@ -40,6 +41,7 @@ __all__ = [
     "EnsembleChunkCritic",
     "EvalResult",
     "FlowPolicy",
+    "Gate",
     "ImageEncoder",
     "LatentPolicy",
     "LatentSteeringWrapper",

@@ -29,6 +29,10 @@ class Predictor(Protocol):
 Player = Predictor | NoisePolicy | str | np.ndarray
 
 
+#: What the info at the end of an episode tells of it
+OUTCOME = ("success_once", "success_at_end", "episode_return", "episode_length")
+
+
 @dataclass
 class EvalResult:
     """
@@ -52,6 +56,21 @@ class EvalResult:
     ci_high: float
     mean_return: float
     mean_length: float
+
+    @classmethod
+    def of(
+        cls, name: str, success_once: np.ndarray, success_at_end: np.ndarray, returns: np.ndarray, lengths: np.ndarray
+    ) -> EvalResult:
+        """
+        :param name: of the row
+        :param success_once: of each episode, (episodes,)
+        :param success_at_end: of each episode, (episodes,)
+        :param returns: of each episode, (episodes,)
+        :param lengths: of each episode in env steps, (episodes,)
+        """
+        interval = wilson_interval(int(success_at_end.sum()), len(success_at_end))
+        means = (float(x.mean()) for x in (returns, lengths))
+        return cls(name, len(returns), float(success_once.mean()), float(success_at_end.mean()), *interval, *means)
 
     def as_row(self) -> dict[str, Any]:
         """The row of ``report.json``."""
@@ -77,7 +96,9 @@ class Rollouts:
     :param env_steps: env steps that the simulator executed
     :param flow_hash: fingerprint of the flow that was steered
     :param gamma: discount per env step of rewards and discounts
-    :param result: outcome of the same episodes; None if the env does not report success
+    :param success_once: of each episode, (episodes,); None if the env does not report success
+    :param returns: undiscounted, of each episode, (episodes,)
+    :param lengths: of each episode in env steps, (episodes,)
     """
 
     cond: th.Tensor
@@ -91,10 +112,19 @@ class Rollouts:
     env_steps: int
     flow_hash: str
     gamma: float
-    result: EvalResult | None = None
+    success_once: np.ndarray | None = None
+    returns: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.cond)
+
+    @property
+    def result(self) -> EvalResult | None:
+        """Outcome of the same episodes; None if the env does not report success."""
+        if self.success_once is None or self.returns is None or self.lengths is None:
+            return None
+        return EvalResult.of("rollouts", self.success_once, self.success_at_end, self.returns, self.lengths)
 
     def transitions(self) -> FeatureTransitions:
         """The same macro-steps as training data for the critic."""
@@ -208,23 +238,7 @@ def evaluate(
             raise ValueError(
                 f"The env's info holds no {key!r} at the end of an episode; expected an ActionChunkWrapper that sees success"
             )
-    return _summary(name, infos)
-
-
-def _summary(name: str, infos: list[dict[str, Any]]) -> EvalResult:
-    """Of the last infos of all episodes."""
-    at_end = [info["success_at_end"] for info in infos]
-    low, high = wilson_interval(int(sum(at_end)), len(at_end))
-    return EvalResult(
-        name=name,
-        episodes=len(infos),
-        success_once=float(np.mean([info["success_once"] for info in infos])),
-        success_at_end=float(np.mean(at_end)),
-        ci_low=low,
-        ci_high=high,
-        mean_return=float(np.mean([info["episode_return"] for info in infos])),
-        mean_length=float(np.mean([info["episode_length"] for info in infos])),
-    )
+    return EvalResult.of(name, *(np.array([info[key] for info in infos]) for key in OUTCOME))
 
 
 def collect_rollouts(
@@ -285,7 +299,11 @@ def collect_rollouts(
         env_steps,
         steering.action_space.flow_hash,
         gamma,
-        _summary("rollouts", final_infos) if "success_at_end" in final_infos[0] else None,
+        *(
+            np.array([info[key] for info in final_infos]) if key in final_infos[0] else None
+            for key in OUTCOME
+            if key != "success_at_end"
+        ),
     )
 
 

@@ -24,6 +24,7 @@ from sb3_dsrl.checkpoint import Stateful, TrainingCheckpoint
 from sb3_dsrl.demos import Demos, load_demos
 from sb3_dsrl.evaluation import Rollouts
 from sb3_dsrl.features import FeatureTransitions, demo_transitions
+from sb3_dsrl.gate import Gate
 from sb3_dsrl.networks import EnsembleChunkCritic
 from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.offline import exp_weights, train_critic
@@ -275,6 +276,7 @@ def pretrain_latent(
     gae_lambda: float = 0.5,
     learn_std: bool = False,
     warm_start_value: bool = False,
+    gate: Gate | None = None,
     ignore_terminations: bool = True,
     policy_kwargs: dict[str, Any] | None = None,
     seed: int | None = None,
@@ -312,6 +314,7 @@ def pretrain_latent(
         observation yet, as in a new policy)
     :param warm_start_value: also fit the value network to the critic under the new policy; reward scale, gamma and
         terminations of stage 2 must be the critic's
+    :param gate: tests the result on fresh rollouts and keeps the start if that was better; None keeps the result
     :param ignore_terminations: of the demos' transitions, when the critic is trained; the same as in stage 2
     :param policy_kwargs: of the new policy, only when ``target`` is a flow; a model that it is copied into must have the same
         ``net_arch``
@@ -351,6 +354,7 @@ def pretrain_latent(
         _check_rollouts_fit(steering, rollouts)
     home = policy.device
     policy.to(flow.device)
+    start = deepcopy(policy.state_dict())
     transitions, critic = None, None
     if warm_start_value or not executed:
         transitions = _all_transitions(flow, demos, rollouts, ignore_terminations)
@@ -387,6 +391,8 @@ def pretrain_latent(
         progress_bar,
         checkpoint,
     )
+    if gate is not None:
+        gate.decide(policy.eval(), start)
     if warm_start_value:
         assert critic is not None and transitions is not None
         _fit_value(policy, steering, critic, transitions.cond, batch_size, tensorboard_log, progress_bar, checkpoint)

@@ -20,6 +20,7 @@ class ProgressLoop:
     :param progress_bar: show the bar
     :param tensorboard_log: folder for TensorBoard, or None
     :param every: iterations between two records
+    :raises ValueError: if there is nothing to iterate
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class ProgressLoop:
         tensorboard_log: str | Path | None = None,
         every: int = 100,
     ) -> None:
+        if n_iterations < 1:
+            raise ValueError(f"{name}: n_iterations must be at least 1, found {n_iterations}")
         self.name, self.n_iterations, self.every = name, n_iterations, every
         self.last: dict[str, float] = {}
         self._writer = SummaryWriter(str(tensorboard_log)) if tensorboard_log is not None else None

@@ -69,6 +69,9 @@ def check_zip(path: str | Path) -> None:
         raise FileNotFoundError(f"{path} does not exist; expected a model or checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
+            # SB3's models hold zip files, and where the directory at the end is gone, one of those would be found instead
+            if min((part.header_offset for part in archive.infolist()), default=-1) != 0:
+                raise zipfile.BadZipFile("its directory does not fit its contents")
             bad = archive.testzip()
     except Exception as error:  # of many kinds: nearly every field of a damaged header has its own
         raise ValueError(f"{path} is no zip file, or it is damaged or cut short ({one_line(error)})") from error

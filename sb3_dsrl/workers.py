@@ -23,6 +23,9 @@ from sb3_dsrl.observations import map_frames
 
 EnvFn = Callable[[], gym.Env]
 
+#: Seconds that a worker has at least until its first answer: it loads libraries, a simulator, a scene.
+START_TIMEOUT = 600.0
+
 #: A worker is started again after so many steps in a row that failed, and no more.
 MAX_FAILURES = 3
 
@@ -237,7 +240,8 @@ class WorkerVecEnv(VecEnv):
     :param n_workers: None is :meth:`Worker.available`, and never more than there are envs
     :param on_failure: "raise" or "restart"
     :param worker: makes a worker from its ``env_fns``: :class:`ProcessWorker`, :class:`~sb3_dsrl.ray_workers.RayWorker`
-    :param timeout: seconds after which a worker that gives no answer counts as hanging; None waits for ever
+    :param timeout: seconds after which a worker that gives no answer counts as hanging; a worker that starts has at least
+        ``START_TIMEOUT``. None waits for ever.
     :raises ValueError: if an argument is out of range
     :raises WorkerError: if an env cannot be made
     """
@@ -266,6 +270,7 @@ class WorkerVecEnv(VecEnv):
         self._first_seeds: list[int | None] = [None] * len(env_fns)
         self._obs: Any = None
         self._failures = [0] * n_workers  # steps in a row
+        self._started = [False] * n_workers
         try:
             obs_space, action_space = (
                 self._all("call", [(name,)] * n_workers)[0] for name in ("observation_space", "action_space")
@@ -363,7 +368,10 @@ class WorkerVecEnv(VecEnv):
 
     def _result(self, i: int, recover: Callable[[int], Any] | None = None) -> Any:
         try:
-            return self._workers[i].result(self.timeout)
+            starts = self.timeout is not None and not self._started[i]
+            value = self._workers[i].result(max(self.timeout or 0.0, START_TIMEOUT) if starts else self.timeout)
+            self._started[i] = True
+            return value
         except WorkerError as error:
             part = self._slices[i]
             message = f"Worker {i} (envs {part.start} to {part.stop - 1}): {error}"
@@ -379,7 +387,7 @@ class WorkerVecEnv(VecEnv):
         self.n_restarts += 1
         part = self._slices[i]
         self._workers[i].close()
-        self._workers[i] = self._worker_class(self._env_fns[part])
+        self._workers[i], self._started[i] = self._worker_class(self._env_fns[part]), False
         seeds: list[int | None] = [
             None if seed is None else int(np.random.SeedSequence([seed, self.n_restarts]).generate_state(1)[0] >> 1)
             for seed in self._first_seeds[part]

@@ -174,7 +174,7 @@ def numbered(
     n_workers: int | None,
     worker: type = ProcessWorker,
     on_failure: Any = "raise",
-    timeout: float | None = 60.0,
+    timeout: float | None = 600.0,
     **failing: Any,
 ) -> WorkerVecEnv:
     """Chunk envs (H = 3, two frames, 12 env steps) in workers. The second one gets the arguments ``failing``."""

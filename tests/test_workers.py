@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
@@ -17,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dsrl import ActionChunkWrapper, VecLatentSteering, collect_rollouts, evaluate, ppo_kwargs
 from sb3_dsrl.ray_workers import RayWorker
-from sb3_dsrl.workers import ProcessWorker, WorkerError, WorkerVecEnv
+from sb3_dsrl.workers import MAX_FAILURES, ProcessWorker, WorkerError, WorkerVecEnv
 from tests.envs import Numbered, numbered, tiny_flow
 
 WORKERS = [ProcessWorker, RayWorker]
@@ -160,6 +161,30 @@ def test_worker_that_fails_at_once_is_an_error_even_with_restart(tmp_path: Path)
     os.kill(env.env_method("process")[0], signal.SIGKILL)
     with pytest.warns(UserWarning, match="started again"), pytest.raises(WorkerError, match="the licence has expired"):
         env.step(np.zeros((1, 3, 2), np.float32))
+    env.close()
+
+
+def test_a_worker_that_fails_at_every_step_is_an_error_even_with_restart() -> None:
+    env = numbered(2, 2, on_failure="restart", fail="raise", fail_at=1)
+    env.reset()
+    with pytest.warns(UserWarning, match="started again"), pytest.raises(WorkerError, match="env 1 is out of order"):
+        for _ in range(9):
+            env.step(np.zeros((2, 3, 2), np.float32))
+    assert env.n_restarts == MAX_FAILURES
+    env.close()
+
+
+def test_restarts_leave_nothing_behind(tmp_path: Path) -> None:
+    """Neither pipes nor processes pile up."""
+    env = numbered(2, 2, on_failure="restart")
+    env.reset()
+    main, before = psutil.Process(), []
+    for _ in range(3):
+        before.append((main.num_fds(), len(main.children(recursive=True))))
+        os.kill(env.env_method("process")[1], signal.SIGKILL)
+        with pytest.warns(UserWarning, match="started again"):
+            env.step(np.zeros((2, 3, 2), np.float32))
+    assert before[1:] == before[:1] * 2
     env.close()
 
 

@@ -330,8 +330,8 @@ def test_chunk_wrapper_refuses(env, kwargs: dict, sentence: str):
 @pytest.mark.parametrize(
     ("env", "kwargs", "sentence"),
     [
-        (scripted, dict(noise_bound=0.0), "noise_bound must be positive, found 0.0"),
-        (scripted, dict(noise_bound=-1.0), "noise_bound must be positive, found -1.0"),
+        (scripted, dict(noise_bound=0.0), "noise_bound must be positive and finite, found 0.0"),
+        (scripted, dict(noise_bound=-1.0), "noise_bound must be positive and finite, found -1.0"),
         (scripted, dict(gamma=0.0), "gamma is the discount per env step"),
         (scripted, dict(steer_mode="half"), "steer_mode must be 'full' or 'act_horizon', found 'half'"),
         (scripted, dict(num_steps=0), "num_steps must be at least 1, found 0"),

@@ -1,13 +1,16 @@
 SEED ?= 0
+MINUTES ?= 30
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help setup demo bench test check format clean
+.PHONY: help setup demo bench test faults soak check format clean
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
 	@echo "make bench           speed against plain versions of the same; figures in runs/bench"
 	@echo "make test            run the tests"
+	@echo "make faults          break everything that can break, and print what comes of it"
+	@echo "make soak [MINUTES=30] kill workers at random during stage 2"
 	@echo "make check           lint, formatting, types"
 	@echo "make format          format the code and fix what ruff can fix"
 	@echo "make setup           create .venv and install everything (the targets above do it themselves)"
@@ -24,6 +27,12 @@ bench: setup
 
 test: setup
 	$(PY) -m pytest -q -n logical --dist loadfile
+
+faults: setup
+	$(PY) -m tests.faults
+
+soak: setup
+	$(PY) examples/soak.py --minutes $(MINUTES)
 
 check: setup
 	$(PY) -m ruff check .

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch as th
 import tyro
+from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,6 +27,7 @@ from sb3_dsrl import (
 )
 from sb3_dsrl.checkpoint import atomic_file
 from sb3_dsrl.evaluation import Player
+from sb3_dsrl.integrity import check_zip
 from sb3_dsrl.legacy import load_awsc_checkpoint
 
 EVAL_SEED = 1_000_000  # far from the seeds of demos and training
@@ -280,12 +282,21 @@ class Run:
 Args = TypeVar("Args")
 
 
+def load_model(path: Path, env: VecLatentSteering) -> PPO:
+    """A model of stage 2, for the same flow. Its zip file holds pickles, which can run code: load your own only."""
+    check_zip(path)
+    try:
+        return PPO.load(path, env=env)
+    except (KeyError, AssertionError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} holds no model of PPO ({error})") from error
+
+
 def cli(main: Callable[[Args], None], args_class: type[Args]) -> NoReturn:
-    """Reads the flags and runs a script; bad input is one sentence and exit code 2."""
+    """Reads the flags and runs a script; bad input, or a disk that takes no files, is one sentence and exit code 2."""
     args = tyro.cli(args_class)
     try:
         main(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

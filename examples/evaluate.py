@@ -7,8 +7,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import FlowArgs, Run, cli, load_flow, make_env
-from stable_baselines3 import PPO
+from common import FlowArgs, Run, cli, load_flow, load_model, make_env
 
 from sb3_dsrl import LatentPolicy
 from sb3_dsrl.evaluation import Player
@@ -32,7 +31,7 @@ def main(args: Args) -> None:
     if args.stage1_checkpoint is not None:
         players["stage1"] = LatentPolicy.load(str(args.stage1_checkpoint))
     if args.model is not None:
-        players["stage2"] = PPO.load(args.model, env=env)
+        players["stage2"] = load_model(args.model, env)
     run = Run("evaluate", args, args.env_id or str(flow.env_id))
     for control in ("prior", "zero"):
         run.evaluate(control, control, env, flow)

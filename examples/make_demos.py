@@ -28,6 +28,8 @@ import tyro
 from tqdm import tqdm
 from transforms3d.euler import quat2euler
 
+from sb3_dsrl.integrity import write_sums
+
 CONTROL_MODES = ("pd_ee_delta_pose", "pd_joint_delta_pos", "pd_joint_pos")
 ARM_JOINTS = 7  # of the Panda; what follows in an action is the gripper
 MOVED = 1e-5  # rad: a joint target that changes by less stands still
@@ -47,7 +49,7 @@ class Args:
     """Demonstrations from ManiSkill's motion planner, in ManiSkill's trajectory format."""
 
     output: Path
-    """The .h5 file to write; the .json goes beside it. Existing files are replaced, at the very end."""
+    """The .h5 file to write; the .json and checksums (.sha256) go beside it. Existing files are replaced, at the very end."""
     env_id: str = "PushCube-v1"
     """A ManiSkill task with a motion planning solution."""
     num_demos: int = 40
@@ -343,7 +345,9 @@ def main(args: Args) -> None:
                 f"no demo to keep after {attempts} attempts, nothing written; the last failure: {complaint}.",
                 code=1,
             )
-        for suffix in (".h5", ".json"):
+        files = [Path(directory, args.output.stem + suffix) for suffix in (".h5", ".json")]
+        write_sums(files[0].with_suffix(".sha256"), files)  # load_demos verifies them: HDF5 and JSON have no checksums
+        for suffix in (".h5", ".json", ".sha256"):
             os.replace(Path(directory, args.output.stem + suffix), args.output.with_suffix(suffix))
 
     print(

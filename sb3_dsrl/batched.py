@@ -114,7 +114,7 @@ class BatchedChunkEnv(VecEnv):
             self._set_rendering(not self.ignore_terminations or i >= self.act_horizon - self.obs_horizon)
             step: Any = self.env.step(actions[:, i] * alive[:, None])
             obs, reward, ended, timed_out, info = step
-            reward = reward.float() * alive
+            reward = th.where(alive, reward.float(), 0.0)
             macro_reward += self.gamma**i * reward
             k += alive
             self._frames = map_frames(lambda old, new, alive=alive: self._pushed(old, new, alive), self._frames, obs)
@@ -130,6 +130,9 @@ class BatchedChunkEnv(VecEnv):
         columns = (self.reward_scale * macro_reward, terminated, truncated, k, *self._metrics.rows())
         rows = th.stack([column.float() for column in columns]).cpu().numpy()  # one transfer
         rewards, ends, limits, lengths, returns, steps, once, success = rows
+        if not np.isfinite(rewards).all():
+            envs = np.flatnonzero(~np.isfinite(rewards)).tolist()
+            raise ValueError(f"{self.env_id or 'The simulator'}: rewards of envs {envs} are NaN or infinite")
         dones = (ends + limits) > 0
         knows_success = self._metrics.knows_success
         infos: list[dict[str, Any]] = []

@@ -20,7 +20,12 @@ from typing import Any
 import h5py
 import numpy as np
 
+from sb3_dsrl.integrity import check_sums, one_line
 from sb3_dsrl.observations import map_frames
+
+
+class DemoError(ValueError):
+    """A demo file that is damaged or not what was asked for; the sentence names file and key."""
 
 
 @dataclass
@@ -40,16 +45,20 @@ class StoredImages:
     def read(self) -> dict[str, np.ndarray]:
         """
         :return: for each key (L + 1, height, width, channels)
-        :raises ValueError: if the file is damaged
+        :raises DemoError: if the file is damaged
         """
         try:
             with h5py.File(self.path, "r") as file:
-                return {
+                images = {
                     key: np.concatenate([np.asarray(file[name]) for name in names], axis=-1)
                     for key, names in self.cameras.items()
                 }
-        except (OSError, KeyError) as error:
-            raise ValueError(f"{self.path} cannot be read any more; it is damaged or was replaced ({error})") from error
+        except Exception as error:  # of many kinds: HDF5 checks little before it reads
+            raise DemoError(f"{self.path} cannot be read any more; it is damaged or was replaced ({error})") from error
+        for key, image in images.items():
+            if image.dtype.kind == "f" and not np.isfinite(image).all():
+                raise DemoError(f"{self.path}:{self.cameras[key][0]} holds NaN or infinite values")
+        return images
 
 
 @dataclass
@@ -167,7 +176,8 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
     :param control_mode: the controller that the actions must be for; None accepts any
     :return: the demos
     :raises FileNotFoundError: if one of the two files is missing
-    :raises ValueError: if a file is damaged, empty, or not what was asked for; the sentence names file and key
+    :raises DemoError: if a file is damaged, empty, or not what was asked for; the sentence names file and key
+    :raises ValueError: if ``num_demos`` is not positive
     """
     path = Path(path)
     meta_path = path.with_suffix(".json")
@@ -176,18 +186,18 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
             raise FileNotFoundError(f"{file} does not exist; expected {what}")
     if num_demos is not None and num_demos < 1:
         raise ValueError(f"num_demos must be at least 1, found {num_demos}")
-    meta = _read_json(meta_path)
-    env_info, listed = meta["env_info"], meta["episodes"]
-    env_kwargs = env_info.get("env_kwargs", {})
+    check_sums(path.with_suffix(".sha256"), (path, meta_path))
+    env_id, env_kwargs, listed = _read_json(meta_path)
     # replay_trajectory rewrites the control mode of each episode; older files have it in env_kwargs only
-    modes = {ep.get("control_mode") or env_kwargs.get("control_mode") for ep in listed} or {env_kwargs.get("control_mode")}
+    own_mode = _text(meta_path, env_kwargs, "control_mode")
+    modes = {_text(meta_path, episode, "control_mode") or own_mode for episode in listed} or {own_mode}
     if None in modes:
-        raise ValueError(f"{meta_path} names no control_mode, neither in env_info/env_kwargs nor in the episodes")
+        raise DemoError(f"{meta_path} names no control_mode, neither in env_info/env_kwargs nor in the episodes")
     if len(modes) > 1:
-        raise ValueError(f"{meta_path} mixes control modes {sorted(map(str, modes))}; expected one")
+        raise DemoError(f"{meta_path} mixes control modes {sorted(map(str, modes))}; expected one")
     found_mode = str(modes.pop())
     if control_mode is not None and found_mode != control_mode:
-        raise ValueError(
+        raise DemoError(
             f"{path} holds actions for control_mode={found_mode!r}, expected {control_mode!r}: "
             f"replay it with `python -m mani_skill.trajectory.replay_trajectory --target-control-mode {control_mode}`"
         )
@@ -195,67 +205,93 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         with h5py.File(path, "r") as file:
             names = sorted(filter(re.compile(r"traj_\d+").fullmatch, file), key=lambda name: int(name[len("traj_") :]))
             if not names:
-                raise ValueError(f"{path} holds no episodes (no group named traj_0, traj_1, ...)")
+                raise DemoError(f"{path} holds no episodes (no group named traj_0, traj_1, ...)")
             if num_demos is not None and num_demos > len(names):
-                raise ValueError(f"{path} holds {len(names)} episodes, but num_demos={num_demos} were asked for")
+                raise DemoError(f"{path} holds {len(names)} episodes, but num_demos={num_demos} were asked for")
             episodes = [_read_episode(path, name, file[name]) for name in names[:num_demos]]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as HDF5; it is damaged or cut short ({error})") from error
+    except DemoError:
+        raise
+    except Exception as error:  # of many kinds: HDF5 checks little before it reads
+        raise DemoError(f"{path} cannot be read as HDF5; it is damaged or cut short ({one_line(error)})") from error
     for attribute, letter in (("obs", "D"), ("actions", "A")):
         sizes = {getattr(episode, attribute).shape[-1] for episode in episodes}
         if len(sizes) > 1:
-            raise ValueError(
+            raise DemoError(
                 f"{path}: {attribute} have {sorted(sizes)} dimensions in different episodes; expected one {letter}"
             )
     shapes = {repr(episode.images and episode.images.shapes) for episode in episodes}
     if len(shapes) > 1:
-        raise ValueError(f"{path}: images differ in shape between episodes ({' and '.join(sorted(shapes))})")
+        raise DemoError(f"{path}: images differ in shape between episodes ({' and '.join(sorted(shapes))})")
     return Demos(
         path=path,
         episodes=episodes,
-        env_id=env_info["env_id"],
-        obs_mode=env_kwargs.get("obs_mode", "state"),
+        env_id=env_id,
+        obs_mode=_text(meta_path, env_kwargs, "obs_mode") or "state",
         control_mode=found_mode,
-        reward_mode=env_kwargs.get("reward_mode"),
+        reward_mode=_text(meta_path, env_kwargs, "reward_mode"),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """The env id, the arguments of the env, and what is said about each episode."""
     try:
-        meta = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DemoError(f"{path} is not valid JSON ({error})") from error
     for key in ("env_info", "episodes"):
         if not isinstance(meta, dict) or key not in meta:
-            raise ValueError(f"{path} has no key {key!r}; expected the JSON that ManiSkill writes beside a trajectory file")
-    if not isinstance(meta["env_info"], dict) or "env_id" not in meta["env_info"]:
-        raise ValueError(f"{path} has no key 'env_info/env_id'")
-    return meta
+            raise DemoError(f"{path} has no key {key!r}; expected the JSON that ManiSkill writes beside a trajectory file")
+    env_info, listed = meta["env_info"], meta["episodes"]
+    env_id = _text(path, env_info, "env_id") if isinstance(env_info, dict) else None
+    if env_id is None:
+        raise DemoError(f"{path} has no key 'env_info/env_id'")
+    env_kwargs = env_info.get("env_kwargs", {})
+    if not isinstance(env_kwargs, dict):
+        raise DemoError(f"{path}: 'env_info/env_kwargs' is a {type(env_kwargs).__name__}, expected an object")
+    if not isinstance(listed, list) or not all(isinstance(episode, dict) for episode in listed):
+        raise DemoError(f"{path}: 'episodes' is no list of objects")
+    return env_id, env_kwargs, listed
+
+
+def _text(path: Path, entries: dict[str, Any], key: str) -> str | None:
+    value = entries.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DemoError(f"{path}: {key!r} is {value!r}, expected a string")
+    return value
+
+
+def _numbers(where: str, key: str, found: h5py.Group | h5py.Dataset, dims: int | None) -> np.ndarray:
+    if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "biuf":
+        kind = f"values of type {found.dtype}" if isinstance(found, h5py.Dataset) else "a group"
+        raise DemoError(f"{where}/{key} holds {kind}, expected numbers")
+    if dims is not None and len(found.shape) != dims:
+        raise DemoError(f"{where}/{key} has shape {found.shape}, expected {dims} dimension{'s' * (dims > 1)}")
+    return found[()]
 
 
 def _read_episode(path: Path, name: str, group: h5py.Group) -> Episode:
     where = f"{path}:{name}"
+    if not isinstance(group, h5py.Group):
+        raise DemoError(f"{where} is a dataset, expected the group of an episode")
     for key in ("obs", "actions"):
         if key not in group:
-            raise ValueError(f"{where} has no {key!r}: replay the file with `--obs-mode state` so that it holds observations")
+            raise DemoError(f"{where} has no {key!r}: replay the file with `--obs-mode state` so that it holds observations")
     obs, images = _read_obs(path, where, group["obs"])
-    actions = group["actions"][()].astype(np.float32)
+    actions = _numbers(where, "actions", group["actions"], 2).astype(np.float32)
     length = len(actions)
     if length == 0:
-        raise ValueError(f"{where} has no steps")
-    series = {key: group[key][()] if key in group else None for key in ("rewards", "terminated", "success")}
+        raise DemoError(f"{where} has no steps")
+    names = ("rewards", "terminated", "success")
+    series = {key: _numbers(where, key, group[key], 1) if key in group else None for key in names}
     expected = {"obs": (obs, length + 1), **{key: (value, length) for key, value in series.items()}}
     for key, (value, n) in expected.items():
         if value is not None and len(value) != n:
-            raise ValueError(f"{where}/{key} has {len(value)} entries, expected {n} for {length} actions")
-        dims = 2 if key == "obs" else 1
-        if value is not None and value.ndim != dims:
-            raise ValueError(f"{where}/{key} has shape {value.shape}, expected {dims} dimension{'s' * (dims > 1)}")
-    for key, value in {"obs": obs, "actions": actions, "rewards": series["rewards"]}.items():
+            raise DemoError(f"{where}/{key} has {len(value)} entries, expected {n} for {length} actions")
+    for key, value in {"obs": obs, "actions": actions, **series}.items():
         if value is not None and not np.isfinite(value).all():
-            raise ValueError(f"{where}/{key} holds NaN or infinite values")
+            raise DemoError(f"{where}/{key} holds NaN or infinite values")
     if np.abs(actions).max() > 1.0 + 1e-4:
-        raise ValueError(
+        raise DemoError(
             f"{where}/actions reach {np.abs(actions).max():.3g}, expected [-1, 1]: replay the file to a normalised controller "
             f"such as pd_joint_delta_pos or pd_ee_delta_pose"
         )
@@ -273,28 +309,33 @@ def _read_episode(path: Path, name: str, group: h5py.Group) -> Episode:
 def _read_obs(path: Path, where: str, obs: h5py.Group | h5py.Dataset) -> tuple[np.ndarray, StoredImages | None]:
     """The state part, (L + 1, D), and where the images are. Nested groups are flattened as ManiSkill does it."""
     if isinstance(obs, h5py.Dataset):
-        return obs[()].astype(np.float32), None
+        return _numbers(where, "obs", obs, 2).astype(np.float32), None
     cameras = obs["sensor_data"].values() if "sensor_data" in obs else [obs]
     datasets = {key: [camera[key] for camera in cameras if key in camera] for key in ("rgb", "depth")}
     datasets = {key: found for key, found in datasets.items() if found}
     if not datasets:
-        raise ValueError(
+        raise DemoError(
             f"{where}/obs is a group with keys {sorted(obs)}; expected flat observations (obs_mode='state'), or images "
             f"(obs_mode='rgb' or 'rgbd')"
         )
     parts = [part for key, item in obs.items() if key not in _IMAGE_KEYS for part in _leaves(where, item)]
+    for key, found in datasets.items():
+        for dataset in found:
+            if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "iuf" or len(dataset.shape) != 4:
+                raise DemoError(f"{where}/obs: {dataset.name} is no stack of {key} images, (L + 1, height, width, channels)")
     rows = {len(part) for part in [*parts, *itertools.chain(*datasets.values())]}
     shapes = {key: {dataset.shape[1:-1] for dataset in found} for key, found in datasets.items()}
     if len(rows) != 1 or any(len(sizes) != 1 for sizes in shapes.values()):
-        raise ValueError(f"{where}/obs mixes lengths {sorted(rows)} or image sizes {shapes}; expected one of each")
+        raise DemoError(f"{where}/obs mixes lengths {sorted(rows)} or image sizes {shapes}; expected one of each")
     if datasets.get("rgb") and any(dataset.dtype != np.uint8 for dataset in datasets["rgb"]):
-        raise ValueError(f"{where}/obs holds rgb images of type {datasets['rgb'][0].dtype}, expected uint8")
+        raise DemoError(f"{where}/obs holds rgb images of type {datasets['rgb'][0].dtype}, expected uint8")
     images = StoredImages(
         path,
         {key: [dataset.name for dataset in found] for key, found in datasets.items()},
         {key: (*found[0].shape[1:-1], sum(dataset.shape[-1] for dataset in found)) for key, found in datasets.items()},
     )
-    state = [part[()].reshape(len(part), -1).astype(np.float32) for part in parts]
+    values = [_numbers(str(path), part.name[1:], part, None) for part in parts]
+    state = [value.reshape(len(value), -1).astype(np.float32) for value in values]
     return np.concatenate(state, axis=1) if state else np.zeros((rows.pop(), 0), np.float32), images
 
 
@@ -306,7 +347,7 @@ def _leaves(where: str, item: h5py.Group | h5py.Dataset) -> list[h5py.Dataset]:
     if isinstance(item, h5py.Dataset):
         return [item]
     if len(item) > 1 and not item.id.get_create_plist().get_link_creation_order():
-        raise ValueError(
+        raise DemoError(
             f"{where}: the group {item.name} does not keep the order in which {sorted(item)} were written, so that their "
             f"order in the env is unknown; record the demos with ManiSkill 3"
         )

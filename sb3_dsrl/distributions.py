@@ -42,8 +42,12 @@ class PriorMixtureDistribution(DiagGaussianDistribution):
         :param mean_actions: mean of pi, (B, T*A)
         :param log_std: log standard deviation of pi, (B, T*A)
         :param prior_mix: eps, the weight of the prior
+        :raises ValueError: if they are NaN
         """
-        self.distribution = Normal(mean_actions, log_std.exp())
+        try:
+            self.distribution = Normal(mean_actions, log_std.exp())
+        except ValueError as error:  # torch's own sentence shows the whole tensor
+            raise ValueError("Mean or std of the latent policy is NaN: its training has diverged") from error
         self.prior_mix = prior_mix
         return self
 

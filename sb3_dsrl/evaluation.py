@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sb3_dsrl.features import FeatureTransitions
 from sb3_dsrl.noise_policy import NoisePolicy
+from sb3_dsrl.steering import NoiseSpace
 from sb3_dsrl.wrappers import find_steering
 
 
@@ -178,7 +179,7 @@ def play(
     :param deterministic: passed on to ``predict``
     :param progress_bar: show a progress bar
     :param name: shown beside the bar
-    :raises ValueError: if there is no episode to play or the player is unknown
+    :raises ValueError: if there is no episode to play, or the player is unknown or was made for another flow
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, found {episodes}")
@@ -337,5 +338,8 @@ def _actor(player: Player, venv: VecEnv, seed: int, deterministic: bool) -> Call
     if isinstance(player, np.ndarray):
         fixed = np.broadcast_to(player.astype(np.float32), shape).clip(space.low, space.high)
         return lambda obs: fixed
+    own = getattr(player, "action_space", None)
+    if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace) and own.flow_hash != space.flow_hash:
+        raise ValueError(f"The player steers flow {own.flow_hash}, but the env steers flow {space.flow_hash}")
     predictor = player
     return lambda obs: predictor.predict(obs, deterministic=deterministic)[0]

@@ -78,9 +78,11 @@ def demo_transitions(flow: NoisePolicy, demos: Demos, ignore_terminations: bool 
 
 def check_demos_fit(flow: NoisePolicy, demos: Demos) -> None:
     """
-    :raises ValueError: if demos and flow differ in the shapes of observations, action size, control mode or env id
+    :raises ValueError: if demos and flow differ in observation mode, shapes of observations, action size, control mode or
+        env id
     """
     for what, found, expected in (
+        ("obs_mode", demos.obs_mode, flow.obs_mode),
         ("the shape of an observation", demos.obs_shapes, flow.obs_shapes),
         ("action dimensions", demos.action_dim, flow.action_dim),
         ("control_mode", demos.control_mode, flow.control_mode),

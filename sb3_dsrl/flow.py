@@ -14,6 +14,7 @@ from torch import nn
 
 from sb3_dsrl.decoding import Integrate, accelerated, integrate
 from sb3_dsrl.encoders import ImageEncoder, ObsEncoder, StateEncoder
+from sb3_dsrl.integrity import one_line, sha256
 from sb3_dsrl.losses import shortcut_loss
 from sb3_dsrl.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
 from sb3_dsrl.noise_policy import NoisePolicy
@@ -39,6 +40,21 @@ def _from_config(config: Any) -> Any:
     if name not in Network.classes:
         raise ValueError(f"config.json names the network class {name!r}, which is unknown; import the module that defines it")
     return Network.classes[name](**kwargs)
+
+
+def _sha256(config: dict[str, Any], folder: Path) -> str:
+    """Of configuration and weights together: safetensors files have no checksum, and every key of the first matters, too."""
+    known = {key: value for key, value in config.items() if key != "sha256"}
+    return sha256(folder / "model.safetensors", json.dumps(known, sort_keys=True).encode())
+
+
+def _check_sha256(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "sha256" in config and config["sha256"] != _sha256(config, folder):
+        raise ValueError(
+            "config.json or model.safetensors is damaged or was changed after it was saved (sha256); if it was changed on "
+            "purpose, remove the key 'sha256' from config.json"
+        )
 
 
 #: How the hub mixin builds networks from ``config.json``; subclasses must name it, too. What it writes at construction is
@@ -245,15 +261,18 @@ class FlowPolicy(
                         f"{folder} holds no {name}: expected a folder written by FlowPolicy.save_pretrained"
                     )
         try:
-            saved_by = _saved_by(folder) if cls is FlowPolicy and folder.is_dir() else cls
+            saved_by = cls
+            if folder.is_dir():
+                _check_sha256(folder)
+                saved_by = _saved_by(folder) if cls is FlowPolicy else cls
             return super(FlowPolicy, saved_by).from_pretrained(str(pretrained_model_name_or_path), **kwargs).freeze()
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"{pretrained_model_name_or_path} is neither a folder written by FlowPolicy.save_pretrained "
                 f"nor a model on the Hugging Face hub that can be reached from here"
             ) from error
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {error}") from error
+        except Exception as error:  # what a damaged config.json or header raises depends on the byte
+            raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {one_line(error)}") from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # What the policy is now, not what it was built with
@@ -265,4 +284,8 @@ class FlowPolicy(
             policy_class=type(self).__name__,
             **{name: getattr(self, name) for name in names},
         )
-        super()._save_pretrained(save_directory)
+        try:
+            super()._save_pretrained(save_directory)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{save_directory / 'model.safetensors'} cannot be written: {error}") from error
+        self._hub_mixin_config["sha256"] = _sha256(self._hub_mixin_config, save_directory)

@@ -6,7 +6,6 @@ What the shapes tell is inferred, the rest is asked for. No code in the file is 
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch as th
 
 from sb3_dsrl.encoders import ImageEncoder, ObsEncoder, PlainConv, StateEncoder
 from sb3_dsrl.flow import FlowPolicy
+from sb3_dsrl.integrity import load_data
 from sb3_dsrl.networks import EnsembleChunkCritic, TimestepEmbedding, VelocityUNet
 
 Tensors = Mapping[str, th.Tensor]
@@ -129,13 +129,7 @@ def load_awsc_checkpoint(
 def _read(path: Path) -> tuple[Tensors, Tensors | None]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected an AWShortCutFlowAgent checkpoint (.pt)")
-    try:
-        file = th.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors: it is damaged or holds code, which is never run ({reason})"
-        ) from error
+    file = load_data(path)
     name = "ema_agent" if isinstance(file, dict) and "ema_agent" in file else "agent"
     if not (isinstance(file, dict) and isinstance(file.get(name), dict)):
         found = sorted(map(str, file)) if isinstance(file, dict) else type(file).__name__

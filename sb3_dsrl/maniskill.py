@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_dsrl.batched import BatchedChunkEnv
 from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.steering import SteerMode
-from sb3_dsrl.workers import ProcessWorker, Worker, WorkerVecEnv
+from sb3_dsrl.workers import ProcessWorker, Worker, WorkerError, WorkerVecEnv
 from sb3_dsrl.wrappers import ActionChunkWrapper, VecLatentSteering
 
 #: Up to here worker processes on the CPU are taken for ``sim_backend="auto"`` even where there is a GPU.
@@ -179,6 +179,7 @@ def make_chunk_env(
     n_workers: int | None = None,
     on_failure: Literal["raise", "restart"] = "raise",
     worker: type[Worker] = ProcessWorker,
+    worker_timeout: float | None = 600.0,
     **env_kwargs: Any,
 ) -> VecEnv:
     """
@@ -204,9 +205,10 @@ def make_chunk_env(
     :param gamma: discount per env step
     :param reward_scale: factor on the macro reward
     :param n_workers: on the CPU: processes that share the envs; None is one a core
-    :param on_failure: on the CPU, what a worker that dies means: "raise" or "restart", see
+    :param on_failure: on the CPU, what a worker that dies or hangs means: "raise" or "restart", see
         :class:`~sb3_dsrl.workers.WorkerVecEnv`
     :param worker: on the CPU: :class:`~sb3_dsrl.workers.ProcessWorker` or :class:`~sb3_dsrl.ray_workers.RayWorker`
+    :param worker_timeout: seconds after which a worker that gives no answer counts as hanging; None waits for ever
     :param env_kwargs: further arguments of ``gym.make``
     :return: the vectorised env; actions are (H, A), observations (obs_horizon, D), or dicts of such
     :raises ValueError: if an argument does not fit
@@ -229,15 +231,27 @@ def make_chunk_env(
     )
 
     def make() -> gym.Env:
-        return ActionChunkWrapper(gym.make(env_id, **env_kwargs), **chunk_kwargs)
+        return ActionChunkWrapper(_made(env_id, **env_kwargs), **chunk_kwargs)
 
     if sim_backend == "physx_cuda":
-        return BatchedChunkEnv(flat_images(gym.make(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)
+        return BatchedChunkEnv(flat_images(_made(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)
     if n_envs == 1 and worker is ProcessWorker:
         return DummyVecEnv([make])
     # The fork server imports ManiSkill once; each worker then starts in a fraction of a second and shares its pages.
     multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill"])
-    return WorkerVecEnv([make] * n_envs, n_workers, on_failure, worker)
+    try:
+        return WorkerVecEnv([make] * n_envs, n_workers, on_failure, worker, worker_timeout)
+    except WorkerError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None  # as it is with one env in this process
+        raise
+
+
+def _made(env_id: str, **env_kwargs: Any) -> gym.Env:
+    try:
+        return gym.make(env_id, **env_kwargs)
+    except (AssertionError, NotImplementedError, TypeError, KeyError) as error:  # ManiSkill's, for modes that it does not know
+        raise ValueError(f"{env_id} cannot be made as asked for: {error}") from error
 
 
 def maniskill_kwargs(env_id: str, obs_mode: str, **env_kwargs: Any) -> dict[str, Any]:

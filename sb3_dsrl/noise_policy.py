@@ -32,7 +32,7 @@ class NoisePolicy(nn.Module, ABC):
     :param control_mode: ManiSkill controller that the actions are for
     :param gamma: discount per env step that the critic was trained with
     :param reward_scale: factor on the rewards that the critic was trained with
-    :raises ValueError: if the horizons do not fit each other
+    :raises ValueError: if the horizons do not fit each other or gamma is out of range
     """
 
     #: steps of :meth:`decode`, unless it is asked for another number
@@ -55,6 +55,8 @@ class NoisePolicy(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.pred_horizon, self.action_dim = noise_shape
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
         if action_offset < 0:
             raise ValueError(f"action_offset must be >= 0, found {action_offset}")
         if not 1 <= act_horizon <= self.pred_horizon - action_offset:

@@ -4,21 +4,55 @@ from __future__ import annotations
 
 import sys
 import warnings
+from io import BytesIO
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import get_device
 from torch import nn
 from torch.distributions import Normal
 
 from sb3_dsrl.distributions import PriorMixtureDistribution
+from sb3_dsrl.integrity import load_data, one_line
 from sb3_dsrl.optim import SCALED, AdamLrScale, LrScale
 from sb3_dsrl.steering import NoiseSpace
 
 LOG_STD_RANGE = (-5.0, 2.0)
+
+
+def _dummy_schedule_only(owner: Any, name: str) -> Any:
+    if owner is not BasePolicy or name != "_dummy_schedule":
+        raise UnpicklingError(f"Unsupported global: GLOBAL {owner}.{name}")
+    return BasePolicy._dummy_schedule
+
+
+#: What a saved policy holds beside tensors, numbers, strings and containers: its spaces, and what it is built of.
+SAVED_TYPES: list[Any] = [
+    spaces.Box,
+    NoiseSpace,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.bool_)},
+    # NumPy 1 and 2 call the functions that make arrays and scalars differently; whichever this is, it reads both
+    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    # the generator of a space that was sampled
+    *(np.random.Generator, np.random.PCG64, np.random.default_rng().__reduce__()[0], np.random.PCG64().__reduce__()[0]),
+    BasePolicy,
+    (_dummy_schedule_only, "builtins.getattr"),  # that is how pickle names a static method of SB3
+    FlattenExtractor,
+    *SCALED,
+    *SCALED.values(),
+    *(kind for kind in vars(th.nn.modules.activation).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
+]
 
 
 class LatentPolicy(ActorCriticPolicy):
@@ -68,6 +102,8 @@ class LatentPolicy(ActorCriticPolicy):
         for name, value in (("prior_mix", prior_mix), ("prior_mix_decay", prior_mix_decay)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], found {value}")
+        if not np.isfinite(log_std_init):
+            raise ValueError(f"log_std_init must be finite, found {log_std_init}: a std is positive")
         if net_arch is None:
             net_arch = dict(pi=[256, 256], vf=[256, 256])
         if value_lr is not None and value_lr <= 0:
@@ -123,6 +159,39 @@ class LatentPolicy(ActorCriticPolicy):
             centre=self._centre_init,
         )
         return data
+
+    def save(self, path: str | Path) -> None:  # type: ignore[override]
+        """
+        Saves weights and constructor arguments.
+
+        :param path: the file
+        :raises OSError: if it cannot be written, because the disk is full, say
+        """
+        content = BytesIO()  # torch itself does not say what went wrong with a file
+        super().save(content)  # type: ignore[arg-type]
+        try:
+            Path(path).write_bytes(content.getvalue())
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: str | Path, device: th.device | str = "auto") -> LatentPolicy:  # type: ignore[override]
+        """
+        Loads what ``save`` wrote. Unlike SB3's own ``load`` it runs no code in the file; classes of your own, an
+        ``activation_fn`` say, have to be allowed with ``torch.serialization.add_safe_globals``.
+
+        :param path: the file
+        :param device: for the policy
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if it does not hold a LatentPolicy or is damaged
+        """
+        saved = load_data(path, SAVED_TYPES)
+        try:
+            policy = cls(**saved["data"])
+            policy.load_state_dict(saved["state_dict"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{path} does not hold a LatentPolicy ({one_line(error)})") from error
+        return policy.to(get_device(device))
 
     @property
     def flow_hash(self) -> str | None:
@@ -197,21 +266,31 @@ class LatentPolicy(ActorCriticPolicy):
         Copies the weights into a model's policy. The model keeps its optimiser, its learning rates and its prior mix.
 
         :param model: PPO, A2C or TRPO with "LatentPolicy"
-        :raises ValueError: if the model's policy steers another flow or other entries of the noise, or has other networks
+        :raises ValueError: if the model's policy steers another flow or other entries of the noise, has other networks, or
+            another discount
         """
         target = model.policy
         if not isinstance(target, LatentPolicy):
             raise ValueError(f"copy_into expects a model with 'LatentPolicy', found {type(target).__name__}")
-        if target.flow_hash is not None and self.flow_hash is not None and target.flow_hash != self.flow_hash:
-            raise ValueError(f"This policy steers flow {self.flow_hash}, but the model's env steers flow {target.flow_hash}")
-        for name, theirs, ours in (
+        ours, theirs = self.action_space, target.action_space
+        if isinstance(ours, NoiseSpace) and isinstance(theirs, NoiseSpace):
+            if ours.flow_hash != theirs.flow_hash:
+                raise ValueError(
+                    f"This policy steers flow {ours.flow_hash}, but the model's env steers flow {theirs.flow_hash}"
+                )
+            if not np.isclose(ours.macro_gamma, theirs.macro_gamma):
+                raise ValueError(
+                    f"This policy was made for macro_gamma={ours.macro_gamma:.6g}, but the model's env discounts with "
+                    f"{theirs.macro_gamma:.6g}: make both with the same gamma"
+                )
+        for name, expected, found in (
             ("noise shape", target.action_space.shape, self.action_space.shape),
             ("number of features", target.observation_space.shape, self.observation_space.shape),
             ("net_arch", target.net_arch, self.net_arch),
             ("activation_fn", target.activation_fn, self.activation_fn),
         ):
-            if theirs != ours:
-                raise ValueError(f"The model's {name} is {theirs}, but this policy's is {ours}: build both with the same")
+            if expected != found:
+                raise ValueError(f"The model's {name} is {expected}, but this policy's is {found}: build both with the same")
         weights = self.state_dict()
         for name in ("prior_mix", "_decay_due"):
             weights[name] = target.state_dict()[name]

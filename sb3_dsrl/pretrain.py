@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sb3_dsrl.checkpoint import Stateful, TrainingCheckpoint
 from sb3_dsrl.demos import Demos, load_demos
 from sb3_dsrl.evaluation import Rollouts
-from sb3_dsrl.features import FeatureTransitions, demo_transitions
+from sb3_dsrl.features import FeatureTransitions, check_demos_fit, demo_transitions
 from sb3_dsrl.gate import Gate
 from sb3_dsrl.networks import EnsembleChunkCritic
 from sb3_dsrl.noise_policy import NoisePolicy
@@ -350,6 +350,11 @@ def pretrain_latent(
 
     steering, policy = _steering_and_policy(target, policy_kwargs)
     flow = steering.flow
+    if demos is not None:  # also where only the rollouts are used: a wrong file should not go unnoticed
+        demos = demos if isinstance(demos, Demos) else load_demos(demos)
+        check_demos_fit(flow, demos)
+    if warm_start_value and steering.gamma != flow.gamma:
+        raise ValueError(f"warm_start_value: the env's gamma is {steering.gamma}, but the flow's critic knows {flow.gamma}")
     if rollouts is not None:
         _check_rollouts_fit(steering, rollouts)
     home = policy.device
@@ -432,11 +437,11 @@ def _check_rollouts_fit(steering: Steering, rollouts: Rollouts) -> None:
 
 
 def _all_transitions(
-    flow: NoisePolicy, demos: Demos | str | Path | None, rollouts: Rollouts | None, ignore_terminations: bool
+    flow: NoisePolicy, demos: Demos | None, rollouts: Rollouts | None, ignore_terminations: bool
 ) -> FeatureTransitions:
     parts = []
     if demos is not None:
-        parts.append(demo_transitions(flow, demos if isinstance(demos, Demos) else load_demos(demos), ignore_terminations))
+        parts.append(demo_transitions(flow, demos, ignore_terminations))
     if rollouts is not None:
         parts.append(rollouts.transitions().to(flow.device))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]

@@ -26,6 +26,7 @@ class ProgressLoop:
     :param every: iterations between two records
     :param checkpoint: keeps the state, or None
     :param parts: whatever changes in the loop
+    :raises ValueError: if there is nothing to iterate
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class ProgressLoop:
         checkpoint: TrainingCheckpoint | None = None,
         parts: Mapping[str, Stateful] | None = None,
     ) -> None:
+        if n_iterations < 1:
+            raise ValueError(f"{name}: n_iterations must be at least 1, found {n_iterations}")
         self.name, self.n_iterations, self.every = name, n_iterations, every
         self.last: dict[str, float] = {}
         self._checkpoint, self._parts = checkpoint, parts or {}

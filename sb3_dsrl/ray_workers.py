@@ -28,10 +28,13 @@ class RayWorker(Worker):
         """See :class:`Worker`."""
         self._answer = getattr(self._actor, method).remote(*args, **kwargs)
 
-    def result(self) -> Any:
-        """See :class:`Worker`."""
+    def result(self, timeout: float | None = None) -> Any:
+        """See :class:`Worker`. Waiting for a free CPU of the cluster counts, too."""
         try:
-            return ray.get(self._answer)
+            return ray.get(self._answer, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            self.close()
+            raise WorkerError(f"a Ray actor gave no answer for {timeout:g} s and was ended") from None
         except ray.exceptions.RayTaskError as error:
             raise WorkerError(f"an exception in a Ray actor:\n{error}") from error.cause
         except ray.exceptions.RayActorError as error:

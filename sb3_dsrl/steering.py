@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_dsrl.noise_policy import NoisePolicy
+from sb3_dsrl.observations import map_frames
 
 SteerMode = Literal["full", "act_horizon"]
 
@@ -88,8 +89,8 @@ class Steering:
         seed: int | None = None,
     ) -> None:
         check_flow(flow)
-        if noise_bound <= 0:
-            raise ValueError(f"noise_bound must be positive, found {noise_bound}")
+        if not 0 < noise_bound < np.inf:
+            raise ValueError(f"noise_bound must be positive and finite, found {noise_bound}")
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
         if steer_mode not in ("full", "act_horizon"):
@@ -119,8 +120,17 @@ class Steering:
         """
         :param obs: stacked observations, (N, obs_horizon, D), arrays or tensors
         :return: features on the flow's device, (N, C)
+        :raises ValueError: if they are NaN or infinite
         """
-        return self.flow.encode(obs)
+        features = self.flow.encode(obs)
+        finite = features.isfinite().all(dim=1)
+        if not finite.all():
+            envs = (~finite).nonzero().flatten().tolist()
+            seen = map_frames(lambda x: th.as_tensor(x)[envs].isfinite().all(), obs)
+            if all(seen.values()) if isinstance(seen, dict) else seen:
+                raise ValueError("The flow encodes finite observations as NaN or infinite values: its weights are damaged")
+            raise ValueError(f"The observations of envs {envs} are NaN or infinite")
+        return features
 
     @th.no_grad()
     def chunk(self, features: np.ndarray | th.Tensor, w: np.ndarray | th.Tensor) -> th.Tensor:
@@ -128,10 +138,19 @@ class Steering:
         :param features: (N, C)
         :param w: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``
         :return: the part of the decoded chunks that is executed, (N, H, A)
+        :raises ValueError: if the noise has another shape, or noise or chunks are NaN or infinite
         """
-        device = self.flow.device
-        noise = self.full_noise(th.as_tensor(w, dtype=th.float32, device=device))
-        return self.flow.executed(self.flow.decode(th.as_tensor(features, device=device), noise, self.num_steps))
+        expected = (len(features), *self.action_space.shape)
+        if tuple(w.shape) != expected:
+            raise ValueError(f"Noise must have shape (N, ...) = {expected}, found {tuple(w.shape)}")
+        cond = th.as_tensor(features, device=self.flow.device)
+        noise = self.full_noise(th.as_tensor(w, dtype=th.float32, device=self.flow.device))
+        chunk = self.flow.executed(self.flow.decode(cond, noise, self.num_steps))
+        if not (noise.isfinite().all() & chunk.isfinite().all()):  # one question to a GPU
+            if not noise.isfinite().all():
+                raise ValueError("The noise to decode is NaN or infinite: the policy that chose it has diverged")
+            raise ValueError("The flow decodes finite noise to NaN or infinite values: its weights are damaged")
+        return chunk
 
     def full_noise(self, w: th.Tensor) -> th.Tensor:
         """

@@ -23,9 +23,15 @@ from sb3_dsrl.observations import map_frames
 
 EnvFn = Callable[[], gym.Env]
 
+#: Seconds that a worker has at least until its first answer: it loads libraries, a simulator, a scene.
+START_TIMEOUT = 600.0
+
+#: A worker is started again after so many steps in a row that failed, and no more.
+MAX_FAILURES = 3
+
 
 class WorkerError(RuntimeError):
-    """A worker that died, or an exception in one of its envs."""
+    """A worker that died or hangs, or an exception in one of its envs."""
 
 
 class EnvGroup:
@@ -76,11 +82,12 @@ class Worker(ABC):
         """
 
     @abstractmethod
-    def result(self) -> Any:
+    def result(self, timeout: float | None = None) -> Any:
         """
         Waits for the last call.
 
-        :raises WorkerError: if the worker died or the call raised
+        :param timeout: seconds; a worker that takes longer is ended. None waits for ever.
+        :raises WorkerError: if the worker died or was ended, or the call raised
         """
 
     @abstractmethod
@@ -123,12 +130,16 @@ class ProcessWorker(Worker):
         except (BrokenPipeError, ConnectionError):
             self._lost = True
 
-    def result(self) -> Any:
+    def result(self, timeout: float | None = None) -> Any:
         """See :class:`Worker`."""
         call, ok = 0, False
         value: Any = None
         while call != self._call and not self._lost:  # skips the answer to a call that Ctrl-C interrupted
             try:
+                if not self._answers(timeout):
+                    self._lost = True
+                    self._process.kill()
+                    raise WorkerError(f"process {self._process.pid} gave no answer for {timeout:g} s and was ended")
                 call, ok, value = self._pipe.recv()
             except (EOFError, ConnectionError):
                 self._lost = True
@@ -141,6 +152,16 @@ class ProcessWorker(Worker):
             trace, exception = value
             raise WorkerError(f"an exception in process {self._process.pid}:\n{trace}") from exception
         return value
+
+    def _answers(self, timeout: float | None) -> bool:
+        if timeout is None:
+            return self._pipe.poll(None)
+        # Second by second: the hours for which a job is stopped (Ctrl-Z), workers and all, are one of them.
+        while not self._pipe.poll(min(max(timeout, 0.0), 1.0)):
+            timeout -= 1.0
+            if timeout <= 0:
+                return False
+        return True
 
     def close(self) -> None:
         """See :class:`Worker`."""
@@ -209,16 +230,18 @@ class WorkerVecEnv(VecEnv):
     Many envs, spread evenly over fewer workers. Stepping several envs one after the other in each of as many workers as
     there are cores beats one worker an env, whose processes only get in each other's way.
 
-    Where SB3's ``SubprocVecEnv`` waits for ever or raises a bare EOFError, an exception in an env or a worker that dies is a
-    :class:`WorkerError` with the worker's number and the traceback, or, with ``on_failure="restart"``, a warning: the worker
-    starts anew, and the episodes that were lost are truncated at their last observation, with reward 0,
+    Where SB3's ``SubprocVecEnv`` waits for ever or raises a bare EOFError, an exception in an env or a worker that dies or
+    hangs is a :class:`WorkerError` with the worker's number and the traceback, or, with ``on_failure="restart"``, a warning:
+    the worker starts anew, and the episodes that were lost are truncated at their last observation, with reward 0,
     ``info["worker_failed"]`` and no episode metrics. :func:`~sb3_dsrl.evaluate` and
-    :func:`~sb3_dsrl.collect_rollouts` play them again.
+    :func:`~sb3_dsrl.collect_rollouts` play them again. A worker that fails at several steps in a row is an error in any case.
 
     :param env_fns: make the envs, which all have the same spaces
     :param n_workers: None is :meth:`Worker.available`, and never more than there are envs
     :param on_failure: "raise" or "restart"
     :param worker: makes a worker from its ``env_fns``: :class:`ProcessWorker`, :class:`~sb3_dsrl.ray_workers.RayWorker`
+    :param timeout: seconds after which a worker that gives no answer counts as hanging; a worker that starts has at least
+        ``START_TIMEOUT``. None waits for ever.
     :raises ValueError: if an argument is out of range
     :raises WorkerError: if an env cannot be made
     """
@@ -229,6 +252,7 @@ class WorkerVecEnv(VecEnv):
         n_workers: int | None = None,
         on_failure: Literal["raise", "restart"] = "raise",
         worker: type[Worker] = ProcessWorker,
+        timeout: float | None = 600.0,
     ) -> None:
         if not env_fns:
             raise ValueError("WorkerVecEnv needs at least one env")
@@ -236,13 +260,17 @@ class WorkerVecEnv(VecEnv):
             raise ValueError(f"n_workers must be at least 1, found {n_workers}")
         if on_failure not in ("raise", "restart"):
             raise ValueError(f"on_failure must be 'raise' or 'restart', found {on_failure!r}")
-        self.on_failure, self.n_restarts = on_failure, 0
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout is in seconds and must be positive, found {timeout}")
+        self.on_failure, self.timeout, self.n_restarts = on_failure, timeout, 0
         n_workers = max(1, min(len(env_fns), n_workers or worker.available()))
         self._slices = [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(range(len(env_fns)), n_workers)]
         self._env_fns, self._worker_class = list(env_fns), worker
         self._workers = [worker(self._env_fns[part]) for part in self._slices]
         self._first_seeds: list[int | None] = [None] * len(env_fns)
         self._obs: Any = None
+        self._failures = [0] * n_workers  # steps in a row
+        self._started = [False] * n_workers
         try:
             obs_space, action_space = (
                 self._all("call", [(name,)] * n_workers)[0] for name in ("observation_space", "action_space")
@@ -278,6 +306,9 @@ class WorkerVecEnv(VecEnv):
         :return: observations (N, ...), rewards (N,), dones (N,), infos
         """
         parts = self._results(self._truncated)
+        self._failures = [
+            n + 1 if part[3][0].get("worker_failed") else 0 for n, part in zip(self._failures, parts, strict=True)
+        ]
         obs, rewards, dones, infos, reset_infos = zip(*parts, strict=True)
         self.reset_infos = [info for part in reset_infos for info in part]
         self._obs = _joined(obs)
@@ -337,13 +368,16 @@ class WorkerVecEnv(VecEnv):
 
     def _result(self, i: int, recover: Callable[[int], Any] | None = None) -> Any:
         try:
-            return self._workers[i].result()
+            starts = self.timeout is not None and not self._started[i]
+            value = self._workers[i].result(max(self.timeout or 0.0, START_TIMEOUT) if starts else self.timeout)
+            self._started[i] = True
+            return value
         except WorkerError as error:
             part = self._slices[i]
             message = f"Worker {i} (envs {part.start} to {part.stop - 1}): {error}"
             if recover is None and isinstance(error.__cause__, AttributeError):
                 raise error.__cause__ from None  # as the other VecEnvs do
-            if recover is None or self.on_failure == "raise":
+            if recover is None or self.on_failure == "raise" or self._failures[i] == MAX_FAILURES:
                 raise WorkerError(message) from error.__cause__
             warnings.warn(f"{message}\nIt is started again; episodes that were lost are truncated.")
             return recover(i)
@@ -353,7 +387,7 @@ class WorkerVecEnv(VecEnv):
         self.n_restarts += 1
         part = self._slices[i]
         self._workers[i].close()
-        self._workers[i] = self._worker_class(self._env_fns[part])
+        self._workers[i], self._started[i] = self._worker_class(self._env_fns[part]), False
         seeds: list[int | None] = [
             None if seed is None else int(np.random.SeedSequence([seed, self.n_restarts]).generate_state(1)[0] >> 1)
             for seed in self._first_seeds[part]

@@ -7,7 +7,6 @@ dimensions of one observation, ``k`` env steps really executed in a chunk (1..H)
 from __future__ import annotations
 
 import time
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +47,8 @@ class ActionChunkWrapper(gym.Wrapper):
     :param gamma: discount per env step
     :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
     :param reward_scale: factor on the macro reward
-    :raises ValueError: if the env is batched, or its spaces do not fit
+    :raises ValueError: if the env is batched, or its spaces do not fit; in ``reset`` and ``step``, if an observation or a
+        reward is NaN or infinite
     """
 
     def __init__(
@@ -81,11 +81,12 @@ class ActionChunkWrapper(gym.Wrapper):
         self.env_id = env.spec.id if env.spec is not None else None
         self.control_mode: str | None = getattr(env.unwrapped, "control_mode", None)
         self._frames: deque[Any] = deque(maxlen=obs_horizon)
-        self._episode = _EpisodeMetrics()
+        self._episode, self._steps = _EpisodeMetrics(), 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Starts an episode; the first observation fills all frames."""
         obs, info = self.env.reset(seed=seed, options=options)
+        self._steps = 0
         self._frames.extend([self._frame(obs)] * self.obs_horizon)
         self._episode = _EpisodeMetrics()
         return stack_frames(self._frames), info
@@ -105,6 +106,8 @@ class ActionChunkWrapper(gym.Wrapper):
         for action in actions.astype(self._action_dtype):
             self._set_rendering(k >= first_seen)
             obs, reward, ended, timed_out, info = self.env.step(action)
+            self._steps += 1
+            self._check_finite("reward", reward)
             macro_reward += self.gamma**k * float(reward)
             k += 1
             self._frames.append(self._frame(obs))
@@ -122,10 +125,18 @@ class ActionChunkWrapper(gym.Wrapper):
             info.update(self._episode.summary())
         return stack_frames(self._frames), self.reward_scale * macro_reward, terminated, truncated, info
 
-    @staticmethod
-    def _frame(obs: Any) -> Any:
+    def _frame(self, obs: Any) -> Any:
         # copied: the arrays of a CPU simulator alias its memory
-        return map_frames(lambda x: np.array(x, dtype=np.float32 if x.dtype.kind == "f" else x.dtype), obs)
+        frame = map_frames(lambda x: np.array(x, dtype=np.float32 if x.dtype.kind == "f" else x.dtype), obs)
+        for part in frame.values() if isinstance(frame, dict) else (frame,):
+            if part.dtype.kind == "f":
+                self._check_finite("observation", part)
+        return frame
+
+    def _check_finite(self, what: str, value: Any) -> None:
+        if not np.isfinite(value).all():
+            name = self.env_id or type(self.env.unwrapped).__name__
+            raise ValueError(f"{name}: the {what} after env step {self._steps} of the episode is NaN or infinite")
 
 
 class _EpisodeMetrics:
@@ -335,7 +346,9 @@ def _check_env_fits(
     flow: NoisePolicy, obs_space: spaces.Space, action_space: spaces.Space, env_id: str | None, control_mode: str | None
 ) -> None:
     if None not in (env_id, flow.env_id) and env_id != flow.env_id:
-        warnings.warn(f"The flow was trained on {flow.env_id}, but steers {env_id}", stacklevel=3)
+        raise ValueError(
+            f"The flow was trained on {flow.env_id}, but the env is {env_id}; if that is meant, set flow.env_id = None first"
+        )
     if None not in (control_mode, flow.control_mode) and control_mode != flow.control_mode:
         raise ValueError(f"The env has control_mode={control_mode!r}, but the flow's actions are for {flow.control_mode!r}")
     obs_shapes = map_frames(lambda space: space.shape, obs_space.spaces if isinstance(obs_space, spaces.Dict) else obs_space)

@@ -60,7 +60,7 @@ def write_demos(
         dict(
             episode_id=i,
             episode_seed=i,
-            elapsed_steps=len(episode.get("actions", ())),
+            elapsed_steps=len(np.atleast_1d(episode.get("actions", ()))),
             reset_kwargs=dict(seed=i, options=None),
         )
         | ({} if mode is None else dict(control_mode=mode))

@@ -1,6 +1,10 @@
 """Scripted envs and tiny flows that all test files share. Import with ``from tests.envs import ...``."""
 
+import os
+import signal
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -11,6 +15,7 @@ from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, VelocityMLP
+from sb3_dsrl.workers import ProcessWorker, WorkerVecEnv
 
 
 class ScriptedEnv(gym.Env):
@@ -115,6 +120,70 @@ class BatchedScriptedEnv(gym.Env):
             self._obs = empty if isinstance(obs, dict) else empty[""]
         for key, x in parts.items():
             (self._obs[key] if isinstance(obs, dict) else self._obs)[i] = th.from_numpy(x)
+
+
+class Numbered(ScriptedEnv):
+    """
+    Knows its number, and fails.
+
+    :param number: its own
+    :param fail: "die" ends its process, "raise" raises, "hang" sleeps for a day, "nan obs" and "nan reward" return NaN
+    :param fail_at: step of the episode
+    :param marker: file that is made at the failure, which then does not happen again
+    """
+
+    def __init__(self, number: int = 0, fail: str | None = None, fail_at: int = 7, marker: Path | None = None) -> None:
+        super().__init__(episode_lengths=(100,), random_start=True)
+        self.number, self.fail, self.fail_at, self.marker = number, fail, fail_at, marker
+
+    def step(self, action: np.ndarray):
+        if self.fail and self.t + 1 == self.fail_at and not (self.marker and self.marker.exists()):
+            if self.marker:
+                self.marker.touch()
+            if self.fail == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fail == "hang":
+                time.sleep(86_400)
+            if self.fail == "raise":
+                raise ValueError(f"env {self.number} is out of order")
+            obs, reward, *rest = super().step(action)
+            return (obs * np.nan, reward, *rest) if self.fail == "nan obs" else (obs, np.nan, *rest)
+        return super().step(action)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def twice(self, x: int) -> int:
+        return 2 * x + self.number
+
+    @property
+    def threads(self) -> int:
+        return th.get_num_threads()
+
+    @property
+    def cuda(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    @property
+    def unpicklable(self):
+        return lambda: None
+
+
+def numbered(
+    n: int,
+    n_workers: int | None,
+    worker: type = ProcessWorker,
+    on_failure: Any = "raise",
+    timeout: float | None = 600.0,
+    **failing: Any,
+) -> WorkerVecEnv:
+    """Chunk envs (H = 3, two frames, 12 env steps) in workers. The second one gets the arguments ``failing``."""
+
+    def make(i: int) -> gym.Env:
+        env = Numbered(i, **(failing if i == 1 else {}))
+        return ActionChunkWrapper(gym.wrappers.TimeLimit(env, 12), act_horizon=3, obs_horizon=2)
+
+    return WorkerVecEnv([lambda i=i: make(i) for i in range(n)], n_workers, on_failure, worker, timeout)
 
 
 def scripted(time_limit: int | None = None, **kwargs: Any) -> gym.Env:

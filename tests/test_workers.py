@@ -10,63 +10,18 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
-import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dsrl import ActionChunkWrapper, VecLatentSteering, collect_rollouts, evaluate, ppo_kwargs
 from sb3_dsrl.ray_workers import RayWorker
-from sb3_dsrl.workers import ProcessWorker, WorkerError, WorkerVecEnv
-from tests.envs import ScriptedEnv, tiny_flow
+from sb3_dsrl.workers import MAX_FAILURES, ProcessWorker, WorkerError, WorkerVecEnv
+from tests.envs import Numbered, numbered, tiny_flow
 
 WORKERS = [ProcessWorker, RayWorker]
-
-
-class Numbered(ScriptedEnv):
-    """Knows its number; its ``fail`` ends its process or raises, once."""
-
-    def __init__(self, number: int = 0, fail: str | None = None, fail_at: int = 7, marker: Path | None = None) -> None:
-        super().__init__(episode_lengths=(100,), random_start=True)
-        self.number, self.fail, self.fail_at, self.marker = number, fail, fail_at, marker
-
-    def step(self, action: np.ndarray):
-        if self.fail and self.t + 1 == self.fail_at and not (self.marker and self.marker.exists()):
-            if self.marker:
-                self.marker.touch()
-            if self.fail == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError(f"env {self.number} is out of order")
-        return super().step(action)
-
-    def process(self) -> int:
-        return os.getpid()
-
-    def twice(self, x: int) -> int:
-        return 2 * x + self.number
-
-    @property
-    def threads(self) -> int:
-        return th.get_num_threads()
-
-    @property
-    def cuda(self) -> str | None:
-        return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-    @property
-    def unpicklable(self):
-        return lambda: None
-
-
-def numbered(n: int, n_workers: int, worker: type = ProcessWorker, on_failure: str = "raise", **failing) -> WorkerVecEnv:
-    """The second env gets the arguments ``failing``."""
-
-    def make(i: int) -> gym.Env:
-        env = Numbered(i, **(failing if i == 1 else {}))
-        return ActionChunkWrapper(gym.wrappers.TimeLimit(env, 12), act_horizon=3, obs_horizon=2)
-
-    return WorkerVecEnv([lambda i=i: make(i) for i in range(n)], n_workers, on_failure, worker)
 
 
 @pytest.mark.parametrize("worker", WORKERS)
@@ -209,6 +164,30 @@ def test_worker_that_fails_at_once_is_an_error_even_with_restart(tmp_path: Path)
     env.close()
 
 
+def test_a_worker_that_fails_at_every_step_is_an_error_even_with_restart() -> None:
+    env = numbered(2, 2, on_failure="restart", fail="raise", fail_at=1)
+    env.reset()
+    with pytest.warns(UserWarning, match="started again"), pytest.raises(WorkerError, match="env 1 is out of order"):
+        for _ in range(9):
+            env.step(np.zeros((2, 3, 2), np.float32))
+    assert env.n_restarts == MAX_FAILURES
+    env.close()
+
+
+def test_restarts_leave_nothing_behind(tmp_path: Path) -> None:
+    """Neither pipes nor processes pile up."""
+    env = numbered(2, 2, on_failure="restart")
+    env.reset()
+    main, before = psutil.Process(), []
+    for _ in range(3):
+        before.append((main.num_fds(), len(main.children(recursive=True))))
+        os.kill(env.env_method("process")[1], signal.SIGKILL)
+        with pytest.warns(UserWarning, match="started again"):
+            env.step(np.zeros((2, 3, 2), np.float32))
+    assert before[1:] == before[:1] * 2
+    env.close()
+
+
 def test_learning_and_evaluation_go_on(tmp_path: Path) -> None:
     """Lost episodes are not counted: they are played again."""
     flow = tiny_flow(pred_horizon=3, act_horizon=3)
@@ -225,19 +204,6 @@ def test_learning_and_evaluation_go_on(tmp_path: Path) -> None:
         rollouts = collect_rollouts("prior", env, 8)
     assert len(rollouts) == 8 * 4 and rollouts.episode.tolist() == np.repeat(range(8), 4).tolist()
     env.close()
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "sentence"),
-    [
-        (dict(env_fns=[]), "needs at least one env"),
-        (dict(n_workers=0), "n_workers must be at least 1, found 0"),
-        (dict(on_failure="ignore"), "on_failure must be 'raise' or 'restart', found 'ignore'"),
-    ],
-)
-def test_refusals(kwargs: dict, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        WorkerVecEnv(**(dict(env_fns=[lambda: ActionChunkWrapper(Numbered(), 3)]) | kwargs))
 
 
 SCRIPT = """

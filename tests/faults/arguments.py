@@ -1,0 +1,125 @@
+"""Arguments out of range."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3 import PPO, SAC
+
+from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, ppo_kwargs, train_flow
+from sb3_dsrl.maniskill import make_latent_env
+from sb3_dsrl.workers import WorkerVecEnv
+from tests.demo_files import scripted_episode, write_demos
+from tests.envs import numbered, scripted, tiny_flow, vec_steered
+from tests.faults.case import Case
+
+Play = Callable[[Path], Any]
+
+
+def steered(**kwargs: Any) -> Play:
+    return lambda folder: LatentSteeringWrapper(scripted(), tiny_flow(), **kwargs)
+
+
+def policy(**policy_kwargs: Any) -> Play:
+    def play(folder: Path) -> None:
+        env = vec_steered(tiny_flow(), [scripted()])
+        PPO("LatentPolicy", env, **ppo_kwargs(env, policy_kwargs=policy_kwargs))
+
+    return play
+
+
+def trained(**kwargs: Any) -> Play:
+    def play(folder: Path) -> None:
+        demos = write_demos(folder / "demos.h5", [scripted_episode(6)])
+        train_flow(demos, **(dict(pred_horizon=4, act_horizon=2, n_iterations=1, batch_size=4) | kwargs))
+
+    return play
+
+
+def pushcube(env_id: str = "PushCube-v1", **kwargs: Any) -> Play:
+    sizes = dict(pred_horizon=4, act_horizon=4, env_id=None, control_mode="pd_joint_delta_pos")
+    return lambda folder: make_latent_env(env_id, tiny_flow(35, 8, **sizes), **kwargs).close()
+
+
+class Unbounded(gym.Wrapper):
+    """An env whose actions are not bounded."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.action_space = spaces.Box(-np.inf, np.inf, env.action_space.shape)
+
+
+def sac_on_unbounded_noise(folder: Path) -> None:
+    SAC("MlpPolicy", LatentSteeringWrapper(scripted(), tiny_flow(), noise_bound=np.inf))
+
+
+CASES = [
+    Case("act_horizon > pred_horizon", lambda folder: tiny_flow(act_horizon=5), r"act_horizon must lie in 1..4 \(pred_hor"),
+    Case(
+        "act_horizon > pred_horizon - action_offset",
+        lambda folder: tiny_flow(act_horizon=4, action_offset=1),
+        r"act_horizon must lie in 1..3 \(pred_horizon - action_offset\), found 4",
+    ),
+    Case("act_horizon 0", lambda folder: tiny_flow(act_horizon=0), r"act_horizon must lie in 1..4"),
+    Case("act_horizon > pred_horizon in train_flow", trained(act_horizon=5), r"act_horizon must lie in 1..4 \(pred_horizon"),
+    Case("flow with negative gamma", lambda folder: tiny_flow(gamma=-0.9), r"gamma .* must lie in \(0, 1\], found -0.9"),
+    Case("negative gamma in train_flow", trained(gamma=-1.0), r"gamma .* must lie in \(0, 1\], found -1.0"),
+    *(
+        Case(f"env with gamma {gamma}", steered(gamma=gamma), rf"gamma .* must lie in \(0, 1\], found {gamma}")
+        for gamma in (-0.9, 0.0, 1.01, float("nan"))
+    ),
+    *(
+        Case(f"noise_bound {bound}", steered(noise_bound=bound), rf"noise_bound must be positive and finite, found {bound}")
+        for bound in (0, -1.0, float("nan"))
+    ),
+    Case("SAC on unbounded noise", sac_on_unbounded_noise, "noise_bound must be positive and finite, found inf"),
+    Case(
+        "env with an unbounded action space",
+        lambda folder: LatentSteeringWrapper(Unbounded(scripted()), tiny_flow()),
+        r"A chunk env needs a bounded Box of shape \(A,\) as action space, found Box\(-inf, inf",
+    ),
+    Case(
+        "env with discrete actions",
+        lambda folder: ActionChunkWrapper(gym.make("CartPole-v1"), 2),
+        r"A chunk env needs a bounded Box of shape \(A,\) as action space, found Discrete\(2\)",
+    ),
+    *(
+        Case(f"prior_mix {value}", policy(prior_mix=value), rf"prior_mix must lie in \[0, 1\], found {value}")
+        for value in (-0.1, 1.1, float("nan"))
+    ),
+    Case("prior_mix_decay 2", policy(prior_mix_decay=2.0), r"prior_mix_decay must lie in \[0, 1\], found 2.0"),
+    Case("value_lr 0", policy(value_lr=0.0), "value_lr must be positive, found 0.0"),
+    Case("std 0", policy(log_std_init=float("-inf")), "log_std_init must be finite, found -inf: a std is positive"),
+    Case("unknown steer_mode", steered(steer_mode="half"), "steer_mode must be 'full' or 'act_horizon', found 'half'"),
+    Case("num_steps 0", steered(num_steps=0), "num_steps must be at least 1, found 0"),
+    Case(
+        "noise of another shape", lambda folder: step(np.zeros((5, 2))), r"Noise must have shape .*\(1, 4, 2\), found \(1, 5"
+    ),
+    Case("no iterations of stage 0", trained(n_iterations=0), "stage 0: flow: n_iterations must be at least 1, found 0"),
+    Case("no env", lambda folder: WorkerVecEnv([]), "WorkerVecEnv needs at least one env"),
+    Case("no workers", lambda folder: numbered(1, 0), "n_workers must be at least 1, found 0"),
+    Case(
+        "unknown on_failure", lambda folder: numbered(1, 1, on_failure="ignore"), "on_failure must be 'raise' or 'restart', f"
+    ),
+    Case("timeout 0", lambda folder: numbered(1, 1, timeout=0.0), "timeout is in seconds and must be positive, found 0.0"),
+    Case("unknown env id", pushcube("PushCub-v1"), "'PushCub-v1' is not a ManiSkill environment; did you mean PushCube-v1"),
+    Case("n_envs 0", pushcube(n_envs=0), "n_envs must be at least 1, found 0"),
+    Case(
+        "unknown sim_backend", pushcube(sim_backend="physx"), "sim_backend must be 'auto', 'physx_cpu' or 'physx_cuda', found"
+    ),
+    Case("unknown control mode", pushcube(control_mode="pd_none"), "PushCube-v1 cannot be made as asked for: pd_none not in"),
+    Case(
+        "unknown reward mode", pushcube(reward_mode="none at all"), "PushCube-v1 cannot be made as asked for: Unsupported rew"
+    ),
+    Case("unknown obs mode", pushcube(obs_mode="nothing"), "PushCube-v1 cannot be made as asked for: Invalid texture type"),
+    Case("time limit 0", pushcube(max_episode_steps=0), "`max_episode_steps` to be positive, actually: 0"),
+]
+
+
+def step(w: np.ndarray) -> None:
+    env = LatentSteeringWrapper(scripted(), tiny_flow())
+    env.reset(seed=0)
+    env.step(w)

@@ -15,7 +15,6 @@ from common import FlowArgs, Run, TrainingArgs, cli, load_flow, make_env
 from stable_baselines3 import PPO
 
 from sb3_dsrl import Gate, Rollouts, Ticket, collect_rollouts, find_ticket, ppo_kwargs, pretrain_latent
-from sb3_dsrl.checkpoint import atomic_file
 
 
 @dataclass(kw_only=True)
@@ -103,8 +102,7 @@ def main(args: Args) -> None:
             checkpoint=checkpoint,
         )
         env_steps += 0 if gate is None else gate.env_steps
-    with atomic_file(run.folder / "stage1.pt") as file:
-        model.policy.save(file)  # type: ignore[arg-type]  # SB3 hands it on to torch
+    model.policy.save(str(run.folder / "stage1.pt"))
     if args.num_eval_episodes:
         run.evaluate("prior", "prior", env, flow)
         run.evaluate("stage1", model, env, flow)

@@ -13,9 +13,9 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
-from io import BufferedWriter
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -36,33 +36,36 @@ class Stateful(Protocol):
 
 
 @contextmanager
-def atomic_file(path: Path, keep_previous: bool = False) -> Iterator[BufferedWriter]:
+def atomic_file(path: Path, keep_previous: bool = False) -> Iterator[BytesIO]:
     """
-    A file to write to. It takes the place of ``path`` when the block has ended without an error, and not before it is safely
-    on the disk.
+    A file to write to, in memory. It takes the place of ``path`` when the block has ended without an error, and not before it
+    is safely on the disk.
 
     :param path: where it will be; the folder is made
     :param keep_previous: keep what was there as :func:`previous`
     :raises OSError: if it cannot be written; ``path`` is then as it was
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    content = BytesIO()  # torch writing to a full disk would not say what went wrong
+    yield content
     partial = path.with_name(f"{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            yield file
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    if keep_previous and path.exists():
-        os.replace(path, previous(path))
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, must reach the disk
-    finally:
-        os.close(folder)
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, must reach the disk
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def previous(path: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +19,7 @@ from stable_baselines3.common.utils import get_device
 from torch import nn
 from torch.distributions import Normal
 
+from sb3_dsrl.checkpoint import atomic_file
 from sb3_dsrl.distributions import PriorMixtureDistribution
 from sb3_dsrl.integrity import load_data, one_line
 from sb3_dsrl.optim import SCALED, AdamLrScale, LrScale
@@ -167,12 +167,8 @@ class LatentPolicy(ActorCriticPolicy):
         :param path: the file
         :raises OSError: if it cannot be written, because the disk is full, say
         """
-        content = BytesIO()  # torch itself does not say what went wrong with a file
-        super().save(content)  # type: ignore[arg-type]
-        try:
-            Path(path).write_bytes(content.getvalue())
-        except OSError as error:
-            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        with atomic_file(Path(path)) as file:
+            super().save(file)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path, device: th.device | str = "auto") -> LatentPolicy:  # type: ignore[override]

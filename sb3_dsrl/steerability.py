@@ -177,7 +177,8 @@ class SteerabilityReport:
             else "Critic: all base episodes ended alike, so its scores could not be judged."
             if self.auc_first_chunk is None
             else f"Critic: AUC of its score of the first chunk against success {self.auc_first_chunk:.2f}, of the mean score "
-            f"of the episode {self.auc_episode:.2f} (0.5 is chance).",
+            f"of the episode {self.auc_episode:.2f} (0.5 is chance)."
+            + (" What it chooses is worse than chance." if self.best_of.ci_high < self.base.success_at_end else ""),
             f"Reach: {self.reach:.2f} of {len(self.tries)} starts were solved by one of {self.tries.shape[1]} noises, "
             f"{self.tries[:, 0].mean():.2f} by the flow's first.",
             f"Potential: {self.potential:+.2f} (shown {self.shown_gain:.2f}, reachable {self.reachable_gain:.2f}). "

@@ -182,6 +182,13 @@ def test_results_table():
 # -------------------------------------------------------------------------------------------------------------- rollouts
 
 
+def test_rollouts_and_evaluation_agree(flow: FlowPolicy) -> None:
+    first, second = random_starts(flow), random_starts(flow)
+    result = collect_rollouts("prior", first, 5, seed=3).result
+    assert result is not None and 0 < result.success_at_end < 1
+    assert result == evaluate("prior", second, 5, seed=3, name="rollouts")
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("quota", [(3, 3), (3, 2)])
 def test_rollouts_equal_a_hand_loop(form: str, quota: tuple[int, int], flow):

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch as th
-import tyro
+from common import cli
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule, set_random_seed
 
@@ -192,4 +192,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

@@ -10,7 +10,8 @@ Letters in shapes: ``B`` observations, ``M`` noises for each, ``T`` = pred_horiz
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,8 +24,13 @@ from sb3_dsrl.networks import VelocityMLP, VelocityNet, VelocityUNet, mish
 #: Noises that are decoded together on a CPU, so that the activations of the U-Net stay in a core's cache.
 BLOCK_SIZE = 64
 
+#: Up to so many noises the buffers of a decode are kept for the next one: making them takes a third of a step.
+KEEP_BUFFERS = 8
+
 #: Velocity at step i for noises (B, M, T, A), once the conditioning is fixed.
 Velocity = Callable[[th.Tensor, int], th.Tensor]
+#: Velocity of x (N, T, A), given all scales and shifts (N, all) of a U-Net; it is overwritten by the next call.
+Program = Callable[[th.Tensor, th.Tensor], th.Tensor]
 #: From (velocity field, cond, w, num_steps) to chunks, as :func:`integrate`.
 Integrate = Callable[[VelocityNet, th.Tensor, th.Tensor, int], th.Tensor]
 
@@ -213,6 +219,8 @@ class _PackedUNet:
     """The weights of a :class:`~sb3_dsrl.networks.VelocityUNet` in the order in which decoding reads them."""
 
     def __init__(self, net: VelocityUNet) -> None:
+        self._of_steps: dict[int, th.Tensor] = {}
+        self._idle: dict[int, list[Program]] = {}
         stages: list[Any] = [*net.down, net.mid, *net.up]
         modules = [block for stage in stages for block in (stage.block1, stage.block2)]
         self.blocks = [_Block(module) for module in modules]
@@ -232,19 +240,32 @@ class _PackedUNet:
 
     def film_of_steps(self, num_steps: int) -> th.Tensor:
         """The part of all scales and shifts that depends on (t, d), (n, 1, all)."""
-        return F.linear(mish(self.step_embedding(*_times(num_steps, self.film_bias))), self.film_step, self.film_bias)[:, None]
+        if num_steps not in self._of_steps:
+            embedding = self.step_embedding(*_times(num_steps, self.film_bias))
+            self._of_steps[num_steps] = F.linear(mish(embedding), self.film_step, self.film_bias)[:, None]
+        return self._of_steps[num_steps]
 
     def film_of_cond(self, cond: th.Tensor) -> th.Tensor:
         """The part that depends on the observation, (B, all)."""
         return F.linear(mish(cond), self.film_cond)
 
-    def program(self, n: int) -> Callable[[th.Tensor, th.Tensor], th.Tensor]:
+    @contextmanager
+    def program(self, n: int) -> Iterator[Program]:
         """
-        Allocates all buffers for N noises.
+        A program for N noises that nobody else runs meanwhile.
 
         :param n: N
-        :return: velocity of x (N, T, A), given all scales and shifts (N, all); it is overwritten by the next call
         """
+        idle = self._idle.setdefault(n, [])
+        program = idle.pop() if idle else self._new_program(n)
+        yield program
+        if n <= KEEP_BUFFERS:
+            idle.append(program)
+
+    @th.inference_mode(False)  # the next decode may run outside of it
+    @th.no_grad()
+    def _new_program(self, n: int) -> Program:
+        """Allocates all buffers for N noises."""
         blocks = iter(self.blocks)
         work: list[Callable[[], Any]] = []  # in order; blocks take their scale and shift from `film`
         film: list[th.Tensor] = []
@@ -302,16 +323,18 @@ def _unet(net: VelocityUNet, cond: th.Tensor, w: th.Tensor, num_steps: int) -> t
     noises, of_cond = w.flatten(0, 1), packed.film_of_cond(cond)
     rows = len(noises) if w.is_cuda else min(BLOCK_SIZE, len(noises))
     chunks = th.empty_like(noises)
-    program, size = packed.program(rows), rows
-    for start in range(0, len(noises), rows):
-        x = noises[start : start + rows]
-        if len(x) != size:
-            program, size = packed.program(len(x)), len(x)
-        owners = th.arange(start, start + len(x), device=w.device) // m
-        film = of_cond[owners] if m > 1 else of_cond[start : start + len(x)]
-        for i in range(num_steps):
-            x = th.add(x, program(x, film + of_steps[i]), alpha=1.0 / num_steps)
-        chunks[start : start + rows] = x
+    full = len(noises) - len(noises) % rows
+    for begin, end, size in ((0, full, rows), (full, len(noises), len(noises) - full)):
+        if begin == end:
+            continue
+        with packed.program(size) as program:
+            for start in range(begin, end, size):
+                x = noises[start : start + size]
+                owners = th.arange(start, start + size, device=w.device) // m
+                film = of_cond[owners] if m > 1 else of_cond[start : start + size]
+                for i in range(num_steps):
+                    x = th.add(x, program(x, film + of_steps[i]), alpha=1.0 / num_steps)
+                chunks[start : start + size] = x
     return chunks.reshape(w.shape)
 
 

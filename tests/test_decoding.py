@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch as th
@@ -140,3 +141,20 @@ def test_mish() -> None:
     x = th.cat([th.linspace(-120, 120, 20_001), th.randn(10_000), th.tensor([-1e4, 1e4, 0.0])])
     th.testing.assert_close(mish(x), F.mish(x.double()).float(), atol=2e-6, rtol=1e-6)
     th.testing.assert_close(mish(x[:50]), F.mish(x[:50]))
+
+
+def test_kept_buffers_are_nobody_elses() -> None:
+    """Small decodes keep their buffers; inference mode, gradients and threads do not get into each other's way."""
+    net = NETS["U-Net"]().eval()
+    cond, w = th.randn(8, 2, net.cond_dim), th.randn(8, 2, 1, net.pred_horizon, net.action_dim)
+    expected = [plain(net, *pair, 4) for pair in zip(cond, w, strict=True)]
+    with th.inference_mode():
+        integrate(net, cond[0], w[0], 4)
+
+    def decode(i: int) -> th.Tensor:
+        with th.no_grad():
+            return [integrate(net, cond[i], w[i], 4) for _ in range(20)][-1]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, chunk in zip(pool.map(decode, range(8)), expected, strict=True):
+            th.testing.assert_close(found, chunk, atol=1e-5, rtol=1e-5)

@@ -107,7 +107,7 @@ def run(args: Args, env_id: str, method: str, seed: int) -> None:
     if args.smoke:
         trial.task = replace(task, max_episode_steps=8)
         trial.eval_points, trial.eval_point_episodes = 1, 1
-        trial.ticket_rounds, trial.rollout_episodes = ((2, 1), (1, 1)), 2
+        trial.ticket_rounds, trial.rollout_episodes, trial.stage1_iters = ((2, 1), (1, 1)), 2, 3
     start = time.time()
     try:
         player = METHODS[method][1](trial)

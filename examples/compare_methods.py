@@ -85,6 +85,7 @@ class Trial:
     :param eval_point_episodes: episodes of each of them
     :param ticket_rounds: of the search for a golden ticket
     :param rollout_episodes: that stage 1 learns from
+    :param stage1_iters: optimiser steps of stage 1; None is its default
     :param env_steps: spent so far
     :param measuring_seconds: wall time of these evaluations, which is not the method's
     :param curve: what they found, by deterministic play
@@ -102,6 +103,7 @@ class Trial:
     eval_point_episodes: int = 32
     ticket_rounds: tuple[tuple[int, int], ...] = ((32, 8), (5, 32))
     rollout_episodes: int = 256
+    stage1_iters: int | None = None
     env_steps: int = 0
     measuring_seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -207,7 +209,7 @@ def latent_ppo(trial: Trial, ticket: bool = True, stage1: bool = True, stage2: b
     if stage1:
         rollouts = collect_rollouts(model if ticket else trial.flow, env, trial.rollout_episodes, seed=trial.seed)
         trial.env_steps += rollouts.env_steps
-        pretrain_latent(model, rollouts=rollouts)
+        pretrain_latent(model, rollouts=rollouts, n_iterations=trial.stage1_iters)
     return trial.learn(model, trial.flow.act_horizon) if stage2 else model
 
 

@@ -119,14 +119,14 @@ class FlowArgs(RunArgs):
     gamma: float | None = None
     """Discount per env step; the flow's own if not given."""
     reward_scale: float | None = None
-    """Of a .pt file: factor on the rewards that its critic was trained with."""
+    """Factor on rewards; of a .pt file also the one that its critic was trained with."""
     steer_mode: Literal["full", "act_horizon"] = "full"
     """Steer all of the noise, or only the rows of the actions that are executed."""
 
     @property
     def steering(self) -> dict[str, Any]:
-        flags: dict[str, Any] = dict(steer_mode=self.steer_mode, num_steps=self.num_inference_steps)
-        return flags if self.gamma is None else flags | dict(gamma=self.gamma)
+        given = {name: getattr(self, name) for name in ("gamma", "reward_scale") if getattr(self, name) is not None}
+        return dict(steer_mode=self.steer_mode, num_steps=self.num_inference_steps, **given)
 
 
 def load_flow(args: FlowArgs) -> FlowPolicy:

@@ -111,7 +111,8 @@ def bars(path: Path, rows: pd.DataFrame) -> None:
     axis.set_yticks(range(len(methods)), [METHODS[method][0] for method in methods])
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="success at end (dots: seeds)", title=rows.env_id.iloc[0])
-    axis.legend([Patch(color="tab:blue"), Patch(color="tab:orange")], ["deterministic", "sampled"], loc="lower right")
+    colours = [Patch(color="tab:blue"), Patch(color="tab:orange")]
+    figure.legend(colours, ["deterministic", "sampled"], loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -121,20 +122,20 @@ def plot_curves(path: Path, curves: pd.DataFrame, rows: pd.DataFrame) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, constrained_layout=True)
     prior = rows[rows.method == "prior"]
     for axis, key in zip(axes, ("success_at_end", "success_once"), strict=True):
-        for colour, method in zip(plt.get_cmap("tab20")(range(20)), best_of_variants(rows), strict=False):
+        learning = [method for method in best_of_variants(rows) if method in set(curves.method)]
+        for colour, method in zip(plt.get_cmap("tab10")(range(10)), learning, strict=False):
             found = curves[curves.method == method]
-            if found.empty:
-                continue
             seeds = [one.sort_values("env_steps") for _, one in found.groupby("seed")]
             # a method's curve starts where its ticket and its stage 1 end
             grid = np.linspace(max(s.env_steps.min() for s in seeds), min(s.env_steps.max() for s in seeds), 50)
             values = np.stack([np.interp(grid, s.env_steps, s[key]) for s in seeds])
             intervals = np.array([bootstrap_interval(column, 1_000) for column in values.T])
-            axis.plot(grid, values.mean(axis=0), color=colour, label=METHODS[method][0])
-            axis.fill_between(grid, intervals[:, 0], intervals[:, 1], color=colour, alpha=0.2)
+            style = "--" if "scratch" in METHODS[method][0] else "-"
+            axis.plot(grid / 1_000, values.mean(axis=0), style, color=colour, label=METHODS[method][0])
+            axis.fill_between(grid / 1_000, intervals[:, 0], intervals[:, 1], color=colour, alpha=0.2)
         if len(prior):
-            axis.axhline(prior[key].mean(), color="grey", linestyle="--", label=METHODS["prior"][0])
-        axis.set(xlabel="env steps", title=key.replace("_", " "), ylim=(0, 1))
+            axis.axhline(prior[key].mean(), color="grey", linestyle=":", label=METHODS["prior"][0])
+        axis.set(xlabel="thousand env steps", title=key.replace("_", " "), ylim=(0, 1))
     axes[0].set_ylabel(str(rows.env_id.iloc[0]))
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)

@@ -45,8 +45,8 @@ from sb3_dsrl import (
     train_flow,
 )
 from sb3_dsrl.batched import BatchedChunkEnv
+from sb3_dsrl.candidates import candidate_weights
 from sb3_dsrl.networks import EnsembleChunkCritic, VelocityNet
-from sb3_dsrl.pretrain import candidate_weights
 from sb3_dsrl.steering import Steering
 
 A, T, H, N_STEPS, M = 8, 16, 8, 8, 16

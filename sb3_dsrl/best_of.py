@@ -9,8 +9,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from sb3_dsrl.candidates import score_noises
 from sb3_dsrl.networks import EnsembleChunkCritic
-from sb3_dsrl.pretrain import score_noises
 from sb3_dsrl.wrappers import find_steering
 
 

@@ -8,18 +8,17 @@ Letters in shapes: ``B`` batch, ``M`` candidates, ``T`` = pred_horizon, ``A`` ac
 
 from __future__ import annotations
 
-import math
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
-from tqdm import tqdm
 
+from sb3_dsrl.advantages import executed_advantages
+from sb3_dsrl.candidates import FreshCandidates, PooledCandidates, WeightedCandidates
 from sb3_dsrl.checkpoint import Stateful, TrainingCheckpoint
 from sb3_dsrl.demos import Demos, load_demos
 from sb3_dsrl.evaluation import Rollouts
@@ -36,46 +35,6 @@ from sb3_dsrl.wrappers import find_steering
 Weighting = Literal["auto", "candidates", "executed"]
 
 
-def soft_baseline(q: th.Tensor, tau: float) -> th.Tensor:
-    """
-    Soft value of a state, ``tau * log mean exp(q / tau)``: the mean for large tau, the maximum for small tau.
-
-    :param q: scores of the candidates, (B, M)
-    :param tau: temperature
-    :return: (B,)
-    """
-    return tau * (th.logsumexp(q / tau, dim=1) - math.log(q.shape[1]))
-
-
-def candidate_weights(
-    q: th.Tensor, beta: float = 1.0, tau: float = 5.0, normalize: bool = True
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    Softmax weights of candidates by their advantage over the soft baseline.
-
-    :param q: scores, (B, M)
-    :param beta: temperature of the weights
-    :param tau: temperature of the baseline. It shifts all advantages of a state alike, so the weights do not depend on
-        it; the logged advantages do.
-    :param normalize: divide the advantages of each state by their standard deviation. Without it small spreads of q
-        give uniform weights, from which nothing is learned.
-    :return: weights (B, M), which sum to 1 in each state, and advantages (B, M)
-    """
-    advantages = q - soft_baseline(q, tau)[:, None]
-    scale = q.std(dim=1, keepdim=True).clamp_min(1e-8) if normalize else 1.0
-    return th.softmax(advantages / scale / beta, dim=1), advantages
-
-
-def effective_number(weights: th.Tensor) -> th.Tensor:
-    """
-    Effective number of candidates, ``1 / sum w^2``: M for uniform weights, 1 when one takes all.
-
-    :param weights: (B, M), each row sums to 1
-    :return: mean over the batch
-    """
-    return (1.0 / weights.pow(2).sum(dim=1)).mean()
-
-
 def aw_mle_loss(policy: LatentPolicy, obs: th.Tensor, w: th.Tensor, weights: th.Tensor, kl_coef: float = 1e-3) -> th.Tensor:
     """
     Advantage-weighted negative log-likelihood of noise plus a KL penalty to the prior,
@@ -88,66 +47,6 @@ def aw_mle_loss(policy: LatentPolicy, obs: th.Tensor, w: th.Tensor, weights: th.
     :param kl_coef: weight of the KL
     """
     return -(weights * policy.log_prob(obs, w)).sum(dim=1).mean() + kl_coef * policy.kl_to_prior(obs).mean()
-
-
-def executed_advantages(
-    rollouts: Rollouts, gae_lambda: float = 0.5, n_folds: int = 4, n_iterations: int = 300, width: int = 128
-) -> th.Tensor:
-    """
-    Advantage of each executed noise: GAE (https://arxiv.org/abs/1506.02438) towards the return until the end of the episode.
-
-    The value is a network on features and time, fitted to observed returns. It is cross-fitted: the value used in an
-    episode has never seen that episode, or it would explain the luck of its noise away.
-
-    :param rollouts: whole episodes
-    :param gae_lambda: 1 is Monte Carlo, 0 one macro-step
-    :param n_folds: of the cross-fit, over episodes
-    :param n_iterations: optimiser steps per fold
-    :param width: hidden units of the value network
-    :return: (n,), in units of the reward
-    """
-    starts = np.flatnonzero(np.diff(rollouts.episode, prepend=-1))
-    step = np.arange(len(rollouts)) - starts[rollouts.episode]
-    longest = int(step.max()) + 1
-    inputs = th.cat([rollouts.cond, th.from_numpy(step / longest).to(rollouts.cond)[:, None]], dim=1)
-    last = np.append(np.diff(rollouts.episode) != 0, True)
-    reward, discount = rollouts.reward.numpy(), rollouts.discount.numpy()
-    returns = _discounted_sums(reward, discount, last)
-    value = _cross_fitted_value(inputs, th.from_numpy(returns), rollouts.episode, n_folds, n_iterations, width).numpy()
-    next_value = np.where(last, 0.0, np.append(value[1:], 0.0))
-    return th.from_numpy(_discounted_sums(reward + discount * next_value - value, gae_lambda * discount, last))
-
-
-def _discounted_sums(x: np.ndarray, discount: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Backward sums y_i = x_i + discount_i * y_{i+1} that restart after the last step of each episode."""
-    sums = np.zeros(len(x), np.float32)
-    running = 0.0
-    for i in reversed(range(len(x))):
-        running = x[i] + (0.0 if last[i] else discount[i] * running)
-        sums[i] = running
-    return sums
-
-
-def _cross_fitted_value(
-    inputs: th.Tensor, targets: th.Tensor, episode: np.ndarray, n_folds: int, n_iterations: int, width: int
-) -> th.Tensor:
-    mean, std = targets.mean(), targets.std() + 1e-8
-    fold = th.from_numpy(episode % min(n_folds, int(episode[-1]) + 1))
-    value = th.zeros_like(targets)
-    for k in fold.unique():
-        train = (fold != k) if len(fold.unique()) > 1 else th.ones_like(fold, dtype=th.bool)
-        x, y = inputs[train], (targets[train] - mean) / std
-        net = nn.Sequential(nn.Linear(x.shape[1], width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
-        optimizer = th.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
-        for _ in range(n_iterations):
-            index = th.randint(len(x), (256,))
-            loss = (net(x[index]).squeeze(-1) - y[index]).pow(2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        with th.no_grad():
-            value[fold == k] = net(inputs[fold == k]).squeeze(-1) * std + mean
-    return value
 
 
 @dataclass
@@ -163,97 +62,6 @@ class _ExecutedNoise:
         weights = self.weights[index][:, None]
         share = weights / weights.sum()
         return self.cond[index], self.w[index][:, None], weights, {"stage1/effective_samples": 1.0 / share.pow(2).sum()}
-
-
-@dataclass
-class _FreshCandidates:
-    """Batches of fresh candidates from the prior."""
-
-    steering: Steering
-    critic: EnsembleChunkCritic
-    cond: th.Tensor
-    n_candidates: int
-    kappa: float
-
-    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        cond = self.cond[th.randint(len(self.cond), (batch_size,))]
-        w = th.randn(batch_size, self.n_candidates, *self.steering.flow.noise_shape, device=cond.device)
-        return cond, w, score_noises(self.steering, self.critic, cond, w, self.kappa)
-
-
-@dataclass
-class _PooledCandidates:
-    """Batches of candidates from a pool: of each state, ``pool_size`` noises of the prior, decoded and scored once."""
-
-    cond: th.Tensor
-    pool: th.Tensor
-    q: th.Tensor
-    n_candidates: int
-
-    @classmethod
-    @th.no_grad()
-    def build(
-        cls,
-        steering: Steering,
-        critic: EnsembleChunkCritic,
-        cond: th.Tensor,
-        pool_size: int,
-        n_candidates: int,
-        kappa: float,
-        progress_bar: bool,
-        states_at_once: int = 64,
-    ) -> _PooledCandidates:
-        pool = th.randn(len(cond), pool_size, *steering.flow.noise_shape, device=cond.device)
-        starts = range(0, len(cond), states_at_once)
-        q = [
-            score_noises(steering, critic, cond[i : i + states_at_once], pool[i : i + states_at_once], kappa)
-            for i in tqdm(starts, desc="stage 1: candidates", disable=not progress_bar)
-        ]
-        return cls(cond, pool, th.cat(q), n_candidates)
-
-    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        index = th.randint(len(self.cond), (batch_size, 1))
-        chosen = th.rand(batch_size, self.pool.shape[1]).topk(self.n_candidates, dim=1).indices
-        return self.cond[index[:, 0]], self.pool[index, chosen], self.q[index, chosen]
-
-
-def score_noises(
-    steering: Steering, critic: EnsembleChunkCritic, cond: th.Tensor, w: th.Tensor, kappa: float = 1.0
-) -> th.Tensor:
-    """
-    Scores noises by the chunks that they become.
-
-    :param steering: the flow that decodes them
-    :param critic: ensemble chunk critic
-    :param cond: (B, C)
-    :param w: (B, M, T, A)
-    :param kappa: the score is mean - kappa * std over the ensemble
-    :return: (B, M)
-    """
-    flow = steering.flow
-    return critic.get_ucb_q(cond, flow.executed(flow.decode(cond, w, steering.num_steps)), kappa)
-
-
-@dataclass
-class _WeightedCandidates:
-    """Batches of candidates with the weights of AW-MLE."""
-
-    candidates: _FreshCandidates | _PooledCandidates
-    rows: slice
-    tau: float
-    beta: float
-    normalize: bool
-
-    @th.no_grad()
-    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
-        cond, w, q = self.candidates.sample(batch_size)
-        weights, advantages = candidate_weights(q, self.beta, self.tau, self.normalize)
-        scalars = {
-            "stage1/effective_candidates": effective_number(weights),
-            "stage1/q_spread": q.std(dim=1).mean(),
-            "stage1/advantage_max": advantages.amax(dim=1).mean(),
-        }
-        return cond, w[:, :, self.rows], weights, scalars
 
 
 def pretrain_latent(
@@ -364,7 +172,7 @@ def pretrain_latent(
     if warm_start_value or not executed:
         transitions = _all_transitions(flow, demos, rollouts, ignore_terminations)
         critic = _critic(flow, transitions, rollouts, tensorboard_log, progress_bar, checkpoint)
-    source: _ExecutedNoise | _WeightedCandidates
+    source: _ExecutedNoise | WeightedCandidates
     if executed:
         if rollouts is None:
             raise ValueError("weighting='executed' weighs the noises of rollouts, but no rollouts were given")
@@ -376,14 +184,14 @@ def pretrain_latent(
         source = _ExecutedNoise(*(x.to(flow.device) for x in (rollouts.cond, w, weights)))
     else:
         assert critic is not None and transitions is not None
-        candidates: _FreshCandidates | _PooledCandidates
+        candidates: FreshCandidates | PooledCandidates
         if pool_size is None:
-            candidates = _FreshCandidates(steering, critic, transitions.cond, n_candidates, kappa)
+            candidates = FreshCandidates(steering, critic, transitions.cond, n_candidates, kappa)
         else:
-            candidates = _PooledCandidates.build(
+            candidates = PooledCandidates.build(
                 steering, critic, transitions.cond, pool_size, n_candidates, kappa, progress_bar
             )
-        source = _WeightedCandidates(candidates, steering.rows, tau, beta, normalize_advantages)
+        source = WeightedCandidates(candidates, steering.rows, tau, beta, normalize_advantages)
     _fit_policy(
         policy,
         source,
@@ -474,7 +282,7 @@ def _critic(
 
 def _fit_policy(
     policy: LatentPolicy,
-    source: _ExecutedNoise | _WeightedCandidates,
+    source: _ExecutedNoise | WeightedCandidates,
     n_iterations: int,
     batch_size: int,
     learning_rate: float,

@@ -26,8 +26,9 @@ from sb3_dsrl import (
     pretrain,
     pretrain_latent,
 )
+from sb3_dsrl.advantages import executed_advantages
+from sb3_dsrl.candidates import candidate_weights, effective_number, soft_baseline
 from sb3_dsrl.demos import Demos, Episode
-from sb3_dsrl.pretrain import candidate_weights, effective_number, executed_advantages, soft_baseline
 from sb3_dsrl.steering import Steering
 from tests.envs import FORMS, scripted, tiny_flow
 from tests.test_offline import scalars

@@ -21,9 +21,9 @@ from sb3_dsrl import (
     LatentSteeringWrapper,
     Rollouts,
     VecLatentSteering,
+    advantages,
     aw_mle_loss,
     collect_rollouts,
-    pretrain,
     pretrain_latent,
 )
 from sb3_dsrl.advantages import executed_advantages
@@ -180,7 +180,7 @@ def test_gae_against_a_loop(monkeypatch: pytest.MonkeyPatch, gae_lambda: float) 
         asked.update(inputs=inputs, targets=targets, episode=episode)
         return value
 
-    monkeypatch.setattr(pretrain, "_cross_fitted_value", fixed_value)
+    monkeypatch.setattr(advantages, "_cross_fitted_value", fixed_value)
     found = executed_advantages(rollouts, gae_lambda)
     reward, discount = rollouts.reward.tolist(), rollouts.discount.tolist()
     for i in range(len(rollouts)):

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch as th
+
+from sb3_dsrl.integrity import check_zip, load_data
 
 Result = TypeVar("Result")
 
@@ -87,24 +88,17 @@ def newest_readable(path: Path) -> Path | None:
     for candidate in (path, previous(path)):
         if not candidate.exists():
             continue
-        problem = _problem(candidate)
-        if problem is None:
-            for text in problems:
-                warnings.warn(f"{text}; going on from {candidate}, the checkpoint before it")
-            return candidate
-        problems.append(f"{candidate} is no checkpoint that can be read ({problem})")
+        try:
+            check_zip(candidate)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for text in problems:
+            warnings.warn(f"{text}; going on from {candidate}, the checkpoint before it")
+        return candidate
     if problems:
         raise ValueError("; ".join(problems))
     return None
-
-
-def _problem(path: Path) -> str | None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except Exception as error:  # a damaged file makes zipfile raise nearly anything
-        return f"{type(error).__name__}: {error}"
-    return None if broken is None else f"{broken} in it is damaged"
 
 
 def rng_state() -> dict[str, Any]:
@@ -186,7 +180,7 @@ class TrainingCheckpoint:
         found = newest_readable(path)
         if found is None:
             return 0
-        content = _read(found)
+        content = load_data(found)
         if content["n_iterations"] != n_iterations:
             was = content["n_iterations"]
             raise ValueError(f"{found} is of a run of {was} iterations, but this one has {n_iterations}: start it anew")
@@ -212,7 +206,7 @@ class TrainingCheckpoint:
         path = self.file(name)
         found = newest_readable(path)
         if found is not None:
-            content = _read(found)
+            content = load_data(found)
             set_rng_state(content["rng"])
             return cls(**{key: x.numpy() if is_array else x for key, (is_array, x) in content["result"].items()})
         result = make()
@@ -224,10 +218,3 @@ class TrainingCheckpoint:
         with atomic_file(path) as file:
             th.save(dict(result=packed, rng=rng_state()), file)
         return result
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return th.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises nearly anything, too
-        raise ValueError(f"{path} is no checkpoint: {' '.join(str(error).split())[:200]}") from error

@@ -70,7 +70,7 @@ class Args:
     num_eval_episodes: int = 200
     """Episodes of each final evaluation."""
     video_episodes: int = 2
-    """Episodes in before.mp4 and after.mp4."""
+    """Episodes in before.mp4 and after.mp4; 0 films none."""
 
 
 def plot(path: Path, args: Args, curve: SuccessEvalCallback, rows: dict[str, EvalResult]) -> None:
@@ -183,7 +183,7 @@ def main(args: Args) -> None:
     (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(args.output / "report.png", args, curve, rows)
     players: dict[str, Player] = {"before.mp4": "prior", "after.mp4": model}
-    for name, player in players.items():
+    for name, player in players.items() if args.video_episodes else ():
         record_video(args.output / name, args.env_id, flow, player, args.video_episodes, seed=EVAL_SEED, progress_bar=True)
 
     print(f"\n{args.env_id}, seed {args.seed}: {report['env_steps']:,} env steps, {time.time() - start:.0f} s in all\n")

@@ -1,6 +1,7 @@
 """Settings and fixtures shared by all test files."""
 
 import multiprocessing
+import signal
 
 import pytest
 import torch as th
@@ -9,6 +10,7 @@ from sb3_dsrl import FlowPolicy
 from tests.envs import tiny_flow
 
 th.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell has started the tests in the background
 # Workers start in a moment if what they need has been imported once.
 multiprocessing.set_forkserver_preload(["pytest", "sb3_dsrl.maniskill", "sb3_dsrl.ray_workers", "tests.envs"])
 

@@ -33,7 +33,7 @@ def test_block(folder: Path, block: int) -> None:
     done = subprocess.run([sys.executable, script.name], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     if block == 0:
-        assert re.search(r"prior +48 .*\n *stage2 +48 ", done.stdout), done.stdout
+        assert re.search(r"prior +32 .*\n *stage2 +32 ", done.stdout), done.stdout
         assert (folder / "pushcube.zip").is_file()
 
 

@@ -237,11 +237,11 @@ def test_spread_of_noise_and_demos(tmp_path: Path, spread: float) -> None:
 def test_noise_that_is_not_steered_is_held(mode: str, std: float) -> None:
     """Every action is the mean of 4 rows of the noise, one of which is steered with steer_mode="act_horizon"."""
 
-    class Mean(LinearVelocity):
+    class MeanVelocity(LinearVelocity):
         def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:
             return x.mean(dim=1, keepdim=True) - x
 
-    flow = FlowPolicy(StateEncoder(2, 1), Mean(2, 4, 2), act_horizon=1, num_steps=1).freeze()
+    flow = FlowPolicy(StateEncoder(2, 1), MeanVelocity(2, 4, 2), act_horizon=1, num_steps=1).freeze()
     env = FORMS["vec form"](flow, [ToyEnv(right_sign)], steer_mode=mode)
     found = steerability(flow, env, episodes=32, n_tickets=2).spread.noise
     np.testing.assert_allclose(found, std, rtol=0.2)

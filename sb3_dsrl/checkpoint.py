@@ -56,7 +56,7 @@ def atomic_file(path: Path, keep_previous: bool = False) -> Iterator[BytesIO]:
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            os.replace(path, previous(path))
+            _keep(path)
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -67,6 +67,19 @@ def atomic_file(path: Path, keep_previous: bool = False) -> Iterator[BytesIO]:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _keep(path: Path) -> None:
+    """A second name for what is there, so that there is a complete file under the first one at every moment."""
+    link = path.with_name(f"{path.name}.link")
+    link.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        os.replace(path, previous(path))
+    else:
+        os.replace(link, previous(path))
+        link.unlink(missing_ok=True)  # rename does nothing where both names are of one file already
 
 
 def previous(path: Path) -> Path:

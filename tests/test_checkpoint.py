@@ -1,11 +1,13 @@
 """Files that survive: atomic writes, the previous checkpoint, kills at any time, and what does not fit."""
 
+import errno
 import multiprocessing
 import os
 import random
 import signal
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,14 @@ def test_the_previous_one_is_kept(tmp_path: Path) -> None:
     assert {file.name for file in path.parent.iterdir()} == {"a.zip", "a.previous.zip"}
 
 
+def test_the_previous_one_is_kept_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*args: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("sb3_dsrl.checkpoint.os.link", link)
+    test_the_previous_one_is_kept(tmp_path)
+
+
 def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     write(path, 1)
@@ -84,6 +94,25 @@ def test_power_cut_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read(path) == (3 if step == "fsync 2" else 2)
     write(path, 4)  # the next run writes as ever
     assert read(path) == 4
+    assert {file.name for file in tmp_path.iterdir()} == {"a.zip", "a.previous.zip"}
+
+
+def test_there_is_a_complete_file_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "a.zip", []
+    write(path, 1)
+
+    def watch(real: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            result = real(*args)
+            seen.append(int(zipfile.ZipFile(path).read("number")))
+            return result
+
+        return function
+
+    for name in ("fsync", "link", "replace"):
+        monkeypatch.setattr(f"sb3_dsrl.checkpoint.os.{name}", watch(getattr(os, name)))
+    write(path, 2)
+    assert seen == [1, 1, 1, 2, 2]
 
 
 def _write_for_ever(path: Path) -> None:

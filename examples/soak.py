@@ -264,7 +264,8 @@ def main(args: Args) -> Report:
         sizes: dict[str, Any] = dict(velocity_class=VelocityMLP, pred_horizon=4, act_horizon=4, num_steps=2)
         flow = train_flow(DEMOS, n_iterations=200, **sizes)  # what it can do does not matter here
     kwargs = maniskill_kwargs(args.env_id, flow.obs_mode, control_mode=flow.control_mode, reward_mode="normalized_dense")
-    return soak(lambda: gym.make(args.env_id, **kwargs), flow, 60 * args.minutes, args.kill_every, args.workers, args.seed)
+    env_id = f"mani_skill.envs:{args.env_id}"  # a worker must import ManiSkill, too
+    return soak(lambda: gym.make(env_id, **kwargs), flow, 60 * args.minutes, args.kill_every, args.workers, args.seed)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ def test_soak(soak) -> None:
     assert 0 <= report.env_steps - 21 * report.episodes_finished < 21 * (report.workers_killed + 3)
 
 
+def test_maniskill(soak) -> None:
+    report = soak.main(soak.Args(minutes=0.1, kill_every=0, workers=1))
+    assert [error for error in report.errors if "memory" not in error and "rollout" not in error] == []
+    assert report.env_steps > 100 and report.episodes_finished > 1
+
+
 def test_an_error_is_reported(soak) -> None:
     report = soak.soak(Sick, tiny_flow(), 5.0, 0.0, 1, n_steps=4, batch_size=4)
     assert any("out of order" in error for error in report.errors)

@@ -19,9 +19,20 @@ One frozen flow a task, all methods on it. Env steps count everything that a met
 rollouts of stage 1, warm-up. Final policies (not the best of many evaluations), the same evaluation episodes for all, judged
 at the time limit without termination. Mean over seeds with 95% bootstrap interval; wall time of one core, evaluations not
 counted, on a machine that other jobs shared. Baselines from scratch: dense rewards go on after success, sparse ones end there.
+One row a run in [results.csv](results.csv).
+"""
+DIP_EVALUATIONS = 5
+DIP = """
+Offline to online: deterministic success at end when stage 2 begins, and the mean of its first {n} evaluations.
 
-Made by `python examples/compare_baselines.py --env_ids ... --methods ... --seeds ...`; the rows of
-[results.csv](results.csv) name them.
+{table}
+"""
+COMMANDS = """
+Made by
+
+```bash
+{commands}
+```
 """
 STAGE_0 = "Stage 0: {demos} demos ({demo_steps:,} env steps, besides), {wall_seconds:.0f} s."
 
@@ -61,6 +72,8 @@ def write_report(output: Path) -> str:
         if len(curves) and (curves.env_id == env_id).any():
             plot_curves(output / f"{env_id}_curves.png", curves[curves.env_id == env_id], rows)
             text += f"\n![success against env steps]({env_id}_curves.png)\n"
+            text += _dip(curves[curves.env_id == env_id])
+        text += COMMANDS.format(commands=_commands(rows))
     (output / "report.md").write_text(text)
     return text
 
@@ -76,6 +89,32 @@ def _table(rows: pd.DataFrame) -> str:
             line[f"once{suffix}"] = f"{mode.success_once.mean():.2f}" if len(mode) else ""
         lines.append(line | {"wall s": f"{found.wall_seconds.mean():,.0f}"})
     return str(pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True))
+
+
+def _dip(curves: pd.DataFrame) -> str:
+    lines = []
+    for method in [method for method in METHODS if method.endswith("stage2") and method in set(curves.method)]:
+        seeds = [one.sort_values("env_steps").success_at_end for _, one in curves[curves.method == method].groupby("seed")]
+        start = np.array([seed.iloc[0] for seed in seeds])
+        then = np.array([seed.iloc[1 : 1 + DIP_EVALUATIONS].mean() for seed in seeds])
+        line = {"method": METHODS[method][0], "start": f"{start.mean():.2f}", "first evaluations": f"{then.mean():.2f}"}
+        lines.append(line | {"difference": _mean_and_interval(pd.Series(then - start))})
+    return (
+        DIP.format(n=DIP_EVALUATIONS, table=pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True))
+        if lines
+        else ""
+    )
+
+
+def _commands(rows: pd.DataFrame) -> str:
+    methods: dict[tuple[int, ...], list[str]] = {}
+    for method in [method for method in METHODS if method in set(rows.method)]:
+        seeds = tuple(sorted(int(seed) for seed in set(rows[rows.method == method].seed)))
+        methods.setdefault(seeds, []).append(method)
+    command = f"python examples/compare_baselines.py --env_ids {rows.env_id.iloc[0]}"
+    return "\n".join(
+        f"{command} --methods {' '.join(names)} --seeds {' '.join(map(str, seeds))}" for seeds, names in methods.items()
+    )
 
 
 def _mean_and_interval(values: pd.Series) -> str:

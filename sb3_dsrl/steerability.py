@@ -344,7 +344,7 @@ def steerability(
         raise ValueError("The env's info holds no 'success_at_end' at the end of an episode: steerability is about success")
     passes.append(ledger.outcomes)
     zero = test("zero", "zero")
-    search = find_ticket(ledger, rounds=rounds, seed=seed, progress_bar=progress_bar)
+    search = find_ticket(ledger, rounds=rounds, include_zero=False, seed=seed, progress_bar=progress_bar)
     ticket = test("ticket", search.w)
     other = test("prior again", _OtherPrior(steering)) if best_of is None else test(f"best_of_{n_candidates}", best_of)
     auc_first, auc_episode = (None, None) if critic is None else _critic_auc(critic, rollouts, kappa)

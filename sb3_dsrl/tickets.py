@@ -38,6 +38,7 @@ def find_ticket(
     env: gym.Env | VecEnv,
     *,
     rounds: Sequence[tuple[int, int]] = ((32, 8), (5, 32)),
+    include_zero: bool = True,
     seed: int = 0,
     progress_bar: bool = False,
 ) -> Ticket:
@@ -48,6 +49,7 @@ def find_ticket(
 
     :param env: steered env, gym or vectorised
     :param rounds: (noises, episodes of each) of every round, fewer noises from one to the next
+    :param include_zero: the first noise is w = 0, the prior's mode, instead of a drawn one
     :param seed: of the noises and of the episodes
     :param progress_bar: show a progress bar
     :raises ValueError: if a round has more noises than the one before, or there is none
@@ -60,6 +62,8 @@ def find_ticket(
     shape: tuple[int, ...] = space.shape  # type: ignore[assignment]
     noises = np.random.default_rng(seed).standard_normal((counts[0], *shape)).astype(np.float32)
     noises = noises.clip(space.low, space.high)  # type: ignore[attr-defined]
+    if include_zero:
+        noises[0] = 0.0
     success: list[list[float]] = [[] for _ in noises]
     returns: list[list[float]] = [[] for _ in noises]
     env_steps, first_round = 0, np.zeros(len(noises))

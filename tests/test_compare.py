@@ -40,6 +40,13 @@ def test_report(folder: Path) -> None:
         assert f"]({name})" in text and (folder / name).stat().st_size > 10_000
 
 
+def test_the_report_states_its_commands_and_the_start_of_stage_2(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    assert "python examples/compare_baselines.py --env_ids PushCube-v1 --methods prior zero narrow" in text
+    start = json.loads((folder / "PushCube-v1" / "stage1_stage2" / "0.json").read_text())["curve"][0]["success_at_end"]
+    assert f"| ticket + stage 1 + stage 2 | {start:.2f} " in text.partition("Offline to online")[2]
+
+
 def test_finished_runs_are_skipped(folder: Path) -> None:
     path = folder / "PushCube-v1" / "zero" / "0.json"
     content = json.loads(path.read_text())

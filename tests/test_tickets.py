@@ -27,6 +27,7 @@ def steered(n_envs: int, env_class: type = BanditEnv) -> VecEnv:
 def test_finds_the_nearest_noise(n_envs: int) -> None:
     ticket = find_ticket(steered(n_envs), rounds=((20, 2), (4, 3), (2, 1)), seed=5)
     noises = np.random.default_rng(5).standard_normal((20, 1, 2)).astype(np.float32)
+    noises[0] = 0.0  # w = 0 is always among them
     distance = np.square(noises.clip(-1, 1) - TARGET).sum(axis=(1, 2))
     np.testing.assert_array_equal(ticket.w, noises[distance.argmin()])
     assert ticket.mean_return == pytest.approx(-distance.min(), abs=1e-5)
@@ -44,6 +45,12 @@ def test_second_round_corrects_the_luck_of_the_first() -> None:
         tickets = [find_ticket(env, rounds=rounds, seed=seed).w for seed in range(5)]
         worth.append(np.mean([np.square(np.clip(w, -1, 1) - TARGET).sum() for w in tickets]))
     assert worth[1] < 0.5 * worth[0]
+
+
+def test_the_mode_of_the_prior_is_tried() -> None:
+    env = VecLatentSteering(DummyVecEnv([lambda: ActionChunkWrapper(BanditEnv(0.0 * TARGET), 1)] * 4), linear_flow())
+    assert not find_ticket(env, rounds=((16, 1),)).w.any()
+    assert find_ticket(env, rounds=((16, 1),), include_zero=False).w.all()
 
 
 def test_gym_form_and_control() -> None:

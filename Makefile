@@ -26,7 +26,7 @@ bench: setup
 	$(PY) examples/benchmark.py
 
 test: setup
-	$(PY) -m pytest -q -n logical --dist loadfile
+	$(PY) -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
 
 faults: setup
 	$(PY) -m tests.faults

@@ -67,6 +67,7 @@ def prepare(task: Task, output: Path, smoke: bool) -> None:
         for key, value in flags.items():
             command += [f"--{key.replace('_', '-')}", str(value)]
         subprocess.run(command, check=True)
+    th.set_num_threads(1)  # as in the runs: the number changes the last bits
     th.manual_seed(0)
     demos = load_demos(path)
     flow = train_flow(

@@ -14,6 +14,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where 
 # Workers start in a moment if what they need has been imported once.
 multiprocessing.set_forkserver_preload(["pytest", "sb3_dsrl.maniskill", "sb3_dsrl.ray_workers", "tests.envs"])
 
+#: Files that take longest come first, so that no process is left with one of them when the others have finished.
+LONGEST = ("readme", "examples", "scripts", "compare", "workers", "images", "conformance")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files; the order within a file stays."""
+    rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def flow() -> FlowPolicy:

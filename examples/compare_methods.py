@@ -64,7 +64,7 @@ TASKS = {
     task.env_id: task
     for task in (
         Task("PushCube-v1", 50, 100_000, 4, dict(num_demos=50, speedup=5, noise=0.45), 1_000),
-        Task("PickCube-v1", 50, 300_000, 8, dict(num_demos=60, speedup=3, noise=0.2), 2_500),
+        Task("PickCube-v1", 50, 300_000, 8, dict(num_demos=150, speedup=4, noise=0.2), 4_000),
         Task("LiftPegUpright-v1", 100, 400_000, 8, dict(num_demos=60, speedup=4, noise=0.12), 2_500),
     )
 }

@@ -50,9 +50,6 @@ class Args(FlowArgs, TrainingArgs):
     """Episodes of each of them."""
     log_freq: int = 1
     """Rollouts between two records in TensorBoard."""
-    reconfigure: bool = False
-    """Build the scenes anew at every checkpoint: a resumed run is then the same bit for bit where scenes remember their last
-    episodes, as StackCube-v1's do."""
     act_horizon: int | None = None
     """A check: the flow must execute so many env steps of each chunk."""
 
@@ -99,8 +96,7 @@ def main(args: Args) -> None:
     curve = SuccessEvalCallback(
         eval_env, args.eval_freq, args.eval_freq_episodes, stochastic=True, save_path=checkpoints, env_steps=stage1_steps
     )
-    options = dict(reconfigure=True) if args.reconfigure else None
-    keeper = ResumeCallback(saved, args.save_freq, keep=[curve], reset_options=options)
+    keeper = ResumeCallback(saved, args.save_freq, keep=[curve])
     model.learn(
         args.total_timesteps // flow.act_horizon - model.num_timesteps,
         [curve, keeper],

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from common import EVAL_SEED, cli
-from compare_methods import GAMMA, METHODS, TASKS, Task, Trial
+from compare_methods import GAMMA, METHODS, RECIPES, TASKS, Task, Trial
 from compare_report import write_report
 from stable_baselines3.common.utils import set_random_seed
 from tqdm import tqdm
@@ -37,7 +37,8 @@ class Args:
     env_ids: tuple[str, ...] = tuple(TASKS)
     """Tasks."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Methods."""
+    """Methods; other recipes of stage 1 are candidates_demos, candidates_rollouts, two_rounds, four_rounds, monte_carlo,
+    one_step, cooler, warmer, longer, learned_std."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each method on each task."""
     budget: int | None = None
@@ -111,7 +112,7 @@ def run(args: Args, env_id: str, method: str, seed: int) -> None:
         trial.ticket_rounds, trial.rollout_episodes, trial.stage1_iters = ((2, 1), (1, 1)), 2, 3
     start = time.time()
     try:
-        player = METHODS[method][1](trial)
+        player = (METHODS | RECIPES)[method][1](trial)
         about = dict(method=method, env_id=env_id, seed=seed, env_steps=trial.env_steps)
         seconds = round(time.time() - start - trial.measuring_seconds, 1)
         rows = []
@@ -142,7 +143,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main(args: Args) -> None:
     """Runs what is missing and writes the report."""
-    for name, given, known in (("env_ids", args.env_ids, TASKS), ("methods", args.methods, METHODS)):
+    for name, given, known in (("env_ids", args.env_ids, TASKS), ("methods", args.methods, METHODS | RECIPES)):
         if unknown := set(given) - set(known):
             raise ValueError(f"--{name}: {', '.join(sorted(unknown))} is unknown; expected some of {', '.join(known)}")
     if args.smoke:

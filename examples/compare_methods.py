@@ -194,8 +194,8 @@ def best_of_m(trial: Trial) -> Player:
     return BestOfM(env)
 
 
-def latent_ppo(trial: Trial, ticket: bool = True, stage1: bool = True, stage2: bool = True) -> Player:
-    """The method: golden ticket, stage 1 on rollouts around it, stage 2; or parts of it."""
+def latent_model(trial: Trial, ticket: bool) -> PPO:
+    """PPO with a latent policy around the prior's mean or around a golden ticket."""
     env = trial.steered()
     policy_kwargs: dict[str, Any] = dict(prior_mix=0.03, log_std_init=math.log(STD))
     if ticket:
@@ -205,12 +205,39 @@ def latent_ppo(trial: Trial, ticket: bool = True, stage1: bool = True, stage2: b
     n_steps = trial.rollout_steps(512, trial.flow.act_horizon)
     overrides: dict[str, Any] = dict(n_steps=n_steps, batch_size=n_steps * trial.n_envs // 4, seed=trial.seed)
     kwargs = ppo_kwargs(env, learning_rate=LinearSchedule(3e-4, 0.0, 1.0), policy_kwargs=policy_kwargs, **overrides)
-    model = PPO("LatentPolicy", env, **kwargs)
-    if stage1:
-        rollouts = collect_rollouts(model if ticket else trial.flow, env, trial.rollout_episodes, seed=trial.seed)
+    return PPO("LatentPolicy", env, **kwargs)
+
+
+def fit_stage1(trial: Trial, model: PPO, ticket: bool, rounds: int = 1, demos: bool = False, **recipe: Any) -> None:
+    """
+    Stage 1 on rollouts of the flow, or of the policy where that is around a ticket or was fitted before.
+
+    :param ticket: the policy is around a ticket
+    :param rounds: of rollout and refit, which share the episodes
+    :param demos: the demos are used, too
+    :param recipe: arguments of ``pretrain_latent``
+    """
+    for i in range(rounds):
+        player = model if ticket or i else trial.flow
+        rollouts = collect_rollouts(player, trial.env, trial.rollout_episodes // rounds, seed=trial.seed + 1_000 * i)
         trial.env_steps += rollouts.env_steps
-        pretrain_latent(model, rollouts=rollouts, n_iterations=trial.stage1_iters)
+        path = trial.demo_path if demos else None
+        pretrain_latent(model, path, rollouts, **(dict(n_iterations=trial.stage1_iters) | recipe))
+
+
+def latent_ppo(trial: Trial, ticket: bool = True, stage1: bool = True, stage2: bool = True, **recipe: Any) -> Player:
+    """The method: golden ticket, stage 1, stage 2; or parts of it, or another recipe of stage 1."""
+    model = latent_model(trial, ticket)
+    if stage1:
+        fit_stage1(trial, model, ticket, **recipe)
     return trial.learn(model, trial.flow.act_horizon) if stage2 else model
+
+
+def demos_only(trial: Trial) -> Player:
+    """Stage 1 without a rollout: candidates scored by the critic that learned from the demos."""
+    model = latent_model(trial, ticket=False)
+    pretrain_latent(model, trial.demo_path, n_iterations=trial.stage1_iters)
+    return model
 
 
 def latent_off_policy(trial: Trial, algorithm: type[SAC | TQC]) -> Player:
@@ -307,10 +334,12 @@ METHODS: dict[str, tuple[str, Method]] = {
     "narrow": ("frozen flow, w ~ N(0, 0.5^2)", narrow),
     "ticket": ("golden ticket: best fixed noise", ticket),
     "best_of_m": ("best of 16 noises by the critic", best_of_m),
-    "stage1": ("ticket + stage 1", partial(latent_ppo, stage2=False)),
-    "stage2": ("stage 2 only", partial(latent_ppo, ticket=False, stage1=False)),
+    "stage1": ("stage 1", partial(latent_ppo, ticket=False, stage2=False)),
+    "ticket_stage1": ("ticket + stage 1", partial(latent_ppo, stage2=False)),
+    "stage2": ("stage 2", partial(latent_ppo, ticket=False, stage1=False)),
     "ticket_stage2": ("ticket + stage 2", partial(latent_ppo, stage1=False)),
-    "stage1_stage2": ("ticket + stage 1 + stage 2", latent_ppo),
+    "stage1_stage2": ("stage 1 + stage 2", partial(latent_ppo, ticket=False)),
+    "full": ("ticket + stage 1 + stage 2", latent_ppo),
     "latent_sac": ("latent SAC", partial(latent_off_policy, algorithm=SAC)),
     "latent_tqc": ("latent TQC", partial(latent_off_policy, algorithm=TQC)),
     "ppo_dense": ("PPO from scratch, dense", partial(scratch_ppo, chunks=False, sparse=False)),
@@ -321,4 +350,22 @@ METHODS: dict[str, tuple[str, Method]] = {
     "sac_sparse": ("SAC from scratch, sparse", partial(scratch_sac, sparse=True)),
     "rlpd_dense": ("SAC with demos (RLPD-like), dense", partial(scratch_sac, sparse=False, demos=True)),
     "rlpd_sparse": ("SAC with demos (RLPD-like), sparse", partial(scratch_sac, sparse=True, demos=True)),
+}
+
+_recipe = partial(latent_ppo, ticket=False, stage2=False)
+#: other recipes of stage 1, the same way; all but the first use as many rollouts as "stage1"
+RECIPES: dict[str, tuple[str, Method]] = {
+    "candidates_demos": ("stage 1: candidates, critic of the demos", demos_only),
+    "candidates_rollouts": (
+        "stage 1: candidates, critic of demos and rollouts",
+        partial(_recipe, demos=True, weighting="candidates"),
+    ),
+    "two_rounds": ("stage 1: two rounds of half the episodes", partial(_recipe, rounds=2)),
+    "four_rounds": ("stage 1: four rounds of a quarter of the episodes", partial(_recipe, rounds=4)),
+    "monte_carlo": ("stage 1: advantages of whole episodes (lambda = 1)", partial(_recipe, gae_lambda=1.0)),
+    "one_step": ("stage 1: advantages of one macro-step (lambda = 0)", partial(_recipe, gae_lambda=0.0)),
+    "cooler": ("stage 1: weights at beta = 0.1", partial(_recipe, beta=0.1)),
+    "warmer": ("stage 1: weights at beta = 1", partial(_recipe, beta=1.0)),
+    "longer": ("stage 1: 2,000 iterations", partial(_recipe, n_iterations=2_000)),
+    "learned_std": ("stage 1: the std is learned, too", partial(_recipe, learn_std=True)),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from compare_methods import METHODS, TASKS
+from compare_methods import METHODS, RECIPES, TASKS, Method
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -20,6 +20,11 @@ rollouts of stage 1, warm-up. Final policies (not the best of many evaluations),
 at the time limit without termination. Mean over seeds with 95% bootstrap interval; wall time of one core, evaluations not
 counted, on a machine that other jobs shared. Baselines from scratch: dense rewards go on after success, sparse ones end there.
 One row a run in [results.csv](results.csv).
+"""
+RECIPES_OF_STAGE_1 = """
+Recipes of stage 1, without ticket and stage 2 ("stage 1" is the default):
+
+{table}
 """
 DIP_EVALUATIONS = 5
 DIP = """
@@ -54,7 +59,7 @@ def write_report(output: Path) -> str:
     :param output: folder of the runs
     :return: the report; it is in ``report.md``, too
     """
-    paths = [path for path in sorted(output.glob("*/*/*.json")) if path.parent.name in METHODS]
+    paths = [path for path in sorted(output.glob("*/*/*.json")) if path.parent.name in METHODS | RECIPES]
     runs = [json.loads(path.read_text()) for path in paths]
     if not runs:
         return f"{output} holds no finished run"
@@ -66,7 +71,10 @@ def write_report(output: Path) -> str:
     for env_id in [env_id for env_id in TASKS if env_id in set(frame.env_id)]:
         rows = frame[frame.env_id == env_id]
         stage0 = json.loads((output / env_id / "stage0.json").read_text())
-        text += f"\n## {env_id}\n\n{STAGE_0.format(**stage0)}\n\n{_table(rows)}\n"
+        text += f"\n## {env_id}\n\n{STAGE_0.format(**stage0)}\n\n{_table(rows, METHODS)}\n"
+        if set(rows.method) & set(RECIPES):
+            references = {name: METHODS[name] for name in ("prior", "zero", "stage1")}
+            text += RECIPES_OF_STAGE_1.format(table=_table(rows, references | RECIPES))
         bars(output / f"{env_id}_final.png", rows)
         text += f"\n![final success]({env_id}_final.png)\n"
         if len(curves) and (curves.env_id == env_id).any():
@@ -78,11 +86,11 @@ def write_report(output: Path) -> str:
     return text
 
 
-def _table(rows: pd.DataFrame) -> str:
+def _table(rows: pd.DataFrame, methods: dict[str, tuple[str, Method]]) -> str:
     lines = []
-    for method in [method for method in METHODS if method in set(rows.method)]:
+    for method in [method for method in methods if method in set(rows.method)]:
         found = rows[rows.method == method]
-        line = {"method": METHODS[method][0], "seeds": found.seed.nunique(), "env steps": f"{found.env_steps.mean():,.0f}"}
+        line = {"method": methods[method][0], "seeds": found.seed.nunique(), "env steps": f"{found.env_steps.mean():,.0f}"}
         for deterministic, suffix in ((True, ""), (False, ", sampled")):
             mode = found[found.deterministic == deterministic]
             line[f"success at end{suffix}"] = _mean_and_interval(mode.success_at_end)
@@ -93,7 +101,7 @@ def _table(rows: pd.DataFrame) -> str:
 
 def _dip(curves: pd.DataFrame) -> str:
     lines = []
-    for method in [method for method in METHODS if method.endswith("stage2") and method in set(curves.method)]:
+    for method in [method for method in ("ticket_stage2", "stage1_stage2", "full") if method in set(curves.method)]:
         seeds = [one.sort_values("env_steps").success_at_end for _, one in curves[curves.method == method].groupby("seed")]
         start = np.array([seed.iloc[0] for seed in seeds])
         then = np.array([seed.iloc[1 : 1 + DIP_EVALUATIONS].mean() for seed in seeds])
@@ -108,7 +116,7 @@ def _dip(curves: pd.DataFrame) -> str:
 
 def _commands(rows: pd.DataFrame) -> str:
     methods: dict[tuple[int, ...], list[str]] = {}
-    for method in [method for method in METHODS if method in set(rows.method)]:
+    for method in [method for method in METHODS | RECIPES if method in set(rows.method)]:
         seeds = tuple(sorted(int(seed) for seed in set(rows[rows.method == method].seed)))
         methods.setdefault(seeds, []).append(method)
     command = f"python examples/compare_baselines.py --env_ids {rows.env_id.iloc[0]}"

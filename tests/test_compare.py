@@ -25,11 +25,12 @@ def test_every_method_runs(folder: Path) -> None:
     columns = "method,env_id,seed,env_steps,episodes,success_once,success_at_end,deterministic,wall_seconds"
     assert ",".join(rows.columns) == columns
     paths = {path.parent.name for path in folder.glob("*/*/0.json")}
-    assert set(rows.method) == paths and len(paths) == 19
+    assert set(rows.method) == paths and len(paths) == 21
     spent = rows.groupby("method").env_steps.first()
     assert (spent[["prior", "zero", "narrow", "best_of_m"]] == 0).all()
-    assert spent["ticket"] == 3 * 8 and spent["stage1"] == (3 + 2) * 8  # episodes of 8 env steps
-    learned = spent.drop(["prior", "zero", "narrow", "best_of_m", "ticket", "stage1"])
+    # episodes of 8 env steps
+    assert (spent["ticket"], spent["stage1"], spent["ticket_stage1"]) == (3 * 8, 2 * 8, (3 + 2) * 8)
+    learned = spent.drop(["prior", "zero", "narrow", "best_of_m", "ticket", "stage1", "ticket_stage1"])
     assert (learned >= 64).all()
 
 
@@ -43,7 +44,7 @@ def test_report(folder: Path) -> None:
 def test_the_report_states_its_commands_and_the_start_of_stage_2(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "python examples/compare_baselines.py --env_ids PushCube-v1 --methods prior zero narrow" in text
-    start = json.loads((folder / "PushCube-v1" / "stage1_stage2" / "0.json").read_text())["curve"][0]["success_at_end"]
+    start = json.loads((folder / "PushCube-v1" / "full" / "0.json").read_text())["curve"][0]["success_at_end"]
     assert f"| ticket + stage 1 + stage 2 | {start:.2f} " in text.partition("Offline to online")[2]
 
 
@@ -54,6 +55,16 @@ def test_finished_runs_are_skipped(folder: Path) -> None:
     path.write_text(json.dumps(content))
     done = run_script("compare_baselines.py", "--smoke", "--methods", "zero", "--output", folder, cwd=folder)
     assert done.returncode == 0 and "0.62" in done.stdout  # taken from the file, not run again
+
+
+def test_recipes_of_stage_1(folder: Path) -> None:
+    names = ("candidates_demos", "candidates_rollouts", "two_rounds", "learned_std")
+    done = run_script("compare_baselines.py", "--smoke", "--jobs", 1, "--methods", *names, "--output", folder, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    recipes = (folder / "report.md").read_text().partition("Recipes of stage 1")[2]
+    assert "| stage 1: candidates, critic of the demos | 1 " in recipes and "| stage 1: two rounds" in recipes
+    spent = pd.read_csv(folder / "results.csv").groupby("method").env_steps.first()
+    assert spent[list(names)].tolist() == [0, 16, 16, 16]
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--methods", "sacc"), ("--env_ids", "PushCube-v2")])

@@ -58,13 +58,13 @@ def test_finished_runs_are_skipped(folder: Path) -> None:
 
 
 def test_recipes_of_stage_1(folder: Path) -> None:
-    names = ("candidates_demos", "candidates_rollouts", "two_rounds", "learned_std")
+    names = ("candidates_demos", "two_rounds", "learned_std")
     done = run_script("compare_baselines.py", "--smoke", "--jobs", 1, "--methods", *names, "--output", folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     recipes = (folder / "report.md").read_text().partition("Recipes of stage 1")[2]
     assert "| stage 1: candidates, critic of the demos | 1 " in recipes and "| stage 1: two rounds" in recipes
     spent = pd.read_csv(folder / "results.csv").groupby("method").env_steps.first()
-    assert spent[list(names)].tolist() == [0, 16, 16, 16]
+    assert spent[list(names)].tolist() == [0, 16, 16]
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--methods", "sacc"), ("--env_ids", "PushCube-v2")])

@@ -45,7 +45,8 @@ class PriorMixtureDistribution(DiagGaussianDistribution):
         :raises ValueError: if they are NaN
         """
         try:
-            self.distribution = Normal(mean_actions, log_std.exp())
+            # torch.compile turns torch's own default off for the whole process
+            self.distribution = Normal(mean_actions, log_std.exp(), validate_args=True)
         except ValueError as error:  # torch's own sentence shows the whole tensor
             raise ValueError("Mean or std of the latent policy is NaN: its training has diverged") from error
         self.prior_mix = prior_mix

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from scipy.stats import kstest, norm
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from sb3_dsrl.distributions import PriorMixtureDistribution
 
@@ -108,3 +108,13 @@ def test_many_dimensions_are_stable(shift: float, std: float) -> None:
         assert log_prob.item() == pytest.approx(np.logaddexp(*components), rel=1e-4)
         for gradient in th.autograd.grad(log_prob.sum(), (mean, log_std)):
             assert gradient.isfinite().all()
+
+
+def test_divergence_is_found_after_torch_compile_too() -> None:
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)  # as torch.compile leaves it
+    try:
+        with pytest.raises(ValueError, match="its training has diverged"):
+            mixture([math.nan], [1.0], 0.0)
+    finally:
+        Distribution.set_default_validate_args(before)

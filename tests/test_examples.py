@@ -62,7 +62,7 @@ def test_quickstart(tmp_path: Path) -> None:
         "--num-eval-episodes",
         4,
     )
-    done = run("quickstart.py", "--output", tmp_path, "--seed", 3, *small, "--total-timesteps", 2000, "--video-episodes", 0)
+    done = run("quickstart.py", "--output", tmp_path, "--seed", 3, *small, "--total-timesteps", 2000, "--video-episodes", 1)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.keys() == {"env_id", "seed", "env_steps", "wall_seconds", "rows"}
@@ -76,6 +76,8 @@ def test_quickstart(tmp_path: Path) -> None:
         assert row["name"] in done.stdout
     for name in (
         "report.png",
+        "before.mp4",
+        "after.mp4",
         "model.zip",
         "stage1.pt",
         "flow/config.json",

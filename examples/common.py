@@ -120,8 +120,8 @@ class FlowArgs(RunArgs):
     """Discount per env step; the flow's own if not given."""
     reward_scale: float | None = None
     """Factor on rewards; of a .pt file also the one that its critic was trained with."""
-    steer_mode: Literal["full", "act_horizon"] = "full"
-    """Steer all of the noise, or only the rows of the actions that are executed."""
+    steer_mode: Literal["full", "act_horizon", "shared"] = "full"
+    """Steer all of the noise, only the rows of the actions that are executed, or one row that is repeated."""
 
     @property
     def steering(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from common import EVAL_SEED, cli
-from compare_methods import GAMMA, METHODS, RECIPES, TASKS, Task, Trial
+from compare_methods import ALL, GAMMA, METHODS, TASKS, Task, Trial
 from compare_report import write_report
 from stable_baselines3.common.utils import set_random_seed
 from tqdm import tqdm
@@ -37,8 +38,7 @@ class Args:
     env_ids: tuple[str, ...] = tuple(TASKS)
     """Tasks."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Methods; other recipes of stage 1 are candidates_demos, candidates_rollouts, two_rounds, four_rounds, monte_carlo,
-    one_step, cooler, warmer, longer, learned_std."""
+    """Methods; other recipes of stage 1 are in RECIPES of compare_methods.py."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each method on each task."""
     budget: int | None = None
@@ -112,12 +112,13 @@ def run(args: Args, env_id: str, method: str, seed: int) -> None:
         trial.ticket_rounds, trial.rollout_episodes, trial.stage1_iters = ((2, 1), (1, 1)), 2, 3
     start = time.time()
     try:
-        player = (METHODS | RECIPES)[method][1](trial)
+        player = ALL[method][1](trial)
         about = dict(method=method, env_id=env_id, seed=seed, env_steps=trial.env_steps)
         seconds = round(time.time() - start - trial.measuring_seconds, 1)
         rows = []
         for deterministic in modes(player):
-            result = evaluate(player, trial.eval_env, args.num_eval_episodes, seed=EVAL_SEED, deterministic=deterministic)
+            how: dict[str, Any] = dict(seed=EVAL_SEED, noise_seed=seed, deterministic=deterministic)
+            result = evaluate(player, trial.eval_env, args.num_eval_episodes, **how)
             success = dict(success_once=result.success_once, success_at_end=result.success_at_end)
             rows.append(about | dict(episodes=result.episodes, **success, deterministic=deterministic, wall_seconds=seconds))
     finally:
@@ -125,6 +126,18 @@ def run(args: Args, env_id: str, method: str, seed: int) -> None:
     path = run_path(args.output, env_id, method, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dict(rows=rows, curve=trial.curve))
+
+
+def end_with_parent() -> None:
+    """Lets this process end when the comparison is killed, which a pool's processes would not notice."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def modes(player: Any) -> tuple[bool, ...]:
@@ -143,7 +156,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main(args: Args) -> None:
     """Runs what is missing and writes the report."""
-    for name, given, known in (("env_ids", args.env_ids, TASKS), ("methods", args.methods, METHODS | RECIPES)):
+    for name, given, known in (("env_ids", args.env_ids, TASKS), ("methods", args.methods, ALL)):
         if unknown := set(given) - set(known):
             raise ValueError(f"--{name}: {', '.join(sorted(unknown))} is unknown; expected some of {', '.join(known)}")
     if args.smoke:
@@ -155,7 +168,7 @@ def main(args: Args) -> None:
     runs = [(env_id, method, seed) for seed in args.seeds for env_id in args.env_ids for method in args.methods]
     missing = [run for run in runs if not run_path(args.output, *run).is_file()]
     failed = 0
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         futures = {pool.submit(run, args, *key): key for key in missing}
         bar = tqdm(as_completed(futures), total=len(futures), desc="runs", disable=not futures)
         for future in bar:

@@ -142,12 +142,15 @@ class Trial:
         return self.env
 
     def learn(self, model: BaseAlgorithm, act_horizon: int) -> BaseAlgorithm:
-        """Spends what is left of the budget."""
+        """Spends what is left of the budget, in whole rollouts."""
         left = max(0, self.budget - self.env_steps)
+        macro_steps = left // act_horizon
+        if isinstance(model, PPO):
+            macro_steps -= macro_steps % (model.n_steps * model.n_envs)
         freq = max(1, left // self.eval_points)
         curve = SuccessEvalCallback(self.eval_env, freq, self.eval_point_episodes, env_steps=self.env_steps)
         start = time.time()
-        model.learn(max(1, left // act_horizon), curve)
+        model.learn(max(1, macro_steps), curve)
         self.measuring_seconds += time.time() - start - (curve.env_steps - self.env_steps) / curve.env_steps_per_second
         self.env_steps = curve.env_steps
         self.curve = [
@@ -178,7 +181,8 @@ def control(trial: Trial, player: Player) -> Player:
 def narrow(trial: Trial) -> Player:
     """No learning: w ~ N(0, 0.5^2)."""
     env = trial.steered()
-    return PPO("LatentPolicy", env, **ppo_kwargs(env, policy_kwargs=dict(log_std_init=math.log(0.5)), seed=trial.seed))
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, policy_kwargs=dict(log_std_init=math.log(0.5)), seed=trial.seed))
+    return model.policy  # sampled; its mean is w = 0
 
 
 def ticket(trial: Trial) -> Player:
@@ -369,3 +373,4 @@ RECIPES: dict[str, tuple[str, Method]] = {
     "longer": ("stage 1: 2,000 iterations", partial(_recipe, n_iterations=2_000)),
     "learned_std": ("stage 1: the std is learned, too", partial(_recipe, learn_std=True)),
 }
+ALL = METHODS | RECIPES

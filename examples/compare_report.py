@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from compare_methods import METHODS, RECIPES, TASKS, Method
+from compare_methods import ALL, METHODS, RECIPES, TASKS, Method
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -59,7 +59,7 @@ def write_report(output: Path) -> str:
     :param output: folder of the runs
     :return: the report; it is in ``report.md``, too
     """
-    paths = [path for path in sorted(output.glob("*/*/*.json")) if path.parent.name in METHODS | RECIPES]
+    paths = [path for path in sorted(output.glob("*/*/*.json")) if path.parent.name in ALL]
     runs = [json.loads(path.read_text()) for path in paths]
     if not runs:
         return f"{output} holds no finished run"
@@ -116,7 +116,7 @@ def _dip(curves: pd.DataFrame) -> str:
 
 def _commands(rows: pd.DataFrame) -> str:
     methods: dict[tuple[int, ...], list[str]] = {}
-    for method in [method for method in METHODS | RECIPES if method in set(rows.method)]:
+    for method in [method for method in ALL if method in set(rows.method)]:
         seeds = tuple(sorted(int(seed) for seed in set(rows[rows.method == method].seed)))
         methods.setdefault(seeds, []).append(method)
     command = f"python examples/compare_baselines.py --env_ids {rows.env_id.iloc[0]}"

@@ -47,11 +47,10 @@ class BestOfM:
         """
         :param observation: features, (N, C)
         :param deterministic: makes no difference, since the candidates are always drawn
-        :return: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``, and None, as SB3's ``predict``
+        :return: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``, and None, as SB3's ``predict``
         """
         flow, bound = self.steering.flow, self.steering.action_space.noise_bound
         cond = th.as_tensor(observation, device=flow.device)
-        # drawn on the CPU, where evaluations seed the generator
-        w = th.randn(len(cond), self.n_candidates, *flow.noise_shape).clamp(-bound, bound).to(flow.device)
+        w = self.steering.prior(len(cond), self.n_candidates).clamp(-bound, bound).to(flow.device)
         best = score_noises(self.steering, self.critic, cond, w, self.kappa).argmax(dim=1)
         return w[th.arange(len(w), device=w.device), best][:, self.steering.rows].cpu().numpy(), None

@@ -67,7 +67,7 @@ class FreshCandidates:
 
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         cond = self.cond[th.randint(len(self.cond), (batch_size,))]
-        w = th.randn(batch_size, self.n_candidates, *self.steering.flow.noise_shape, device=cond.device)
+        w = self.steering.prior(batch_size, self.n_candidates).to(cond.device)
         return cond, w, score_noises(self.steering, self.critic, cond, w, self.kappa)
 
 
@@ -93,7 +93,7 @@ class PooledCandidates:
         progress_bar: bool,
         states_at_once: int = 64,
     ) -> PooledCandidates:
-        pool = th.randn(len(cond), pool_size, *steering.flow.noise_shape, device=cond.device)
+        pool = steering.prior(len(cond), pool_size).to(cond.device)
         starts = range(0, len(cond), states_at_once)
         q = [
             score_noises(steering, critic, cond[i : i + states_at_once], pool[i : i + states_at_once], kappa)

@@ -166,6 +166,7 @@ def play(
     deterministic: bool = True,
     progress_bar: bool = False,
     name: str = "episodes",
+    noise_seed: int | None = None,
 ) -> Iterator[MacroStep]:
     """
     Plays a fixed quota of episodes in each env. (Taking the first that finish would favour the short ones.)
@@ -175,21 +176,23 @@ def play(
     :param player: see :data:`Player`
     :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
-    :param seed: of the envs and of the noise
+    :param seed: of the envs
     :param deterministic: passed on to ``predict``
     :param progress_bar: show a progress bar
     :param name: shown beside the bar
+    :param noise_seed: of the noise; None is ``seed``
     :raises ValueError: if there is no episode to play, or the player is unknown or was made for another flow
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, found {episodes}")
     venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
-    act = _actor(player, venv, seed, deterministic)
+    noise_seed = seed if noise_seed is None else noise_seed
+    act = _actor(player, venv, noise_seed, deterministic)
     quota = np.full(venv.num_envs, episodes // venv.num_envs) + (np.arange(venv.num_envs) < episodes % venv.num_envs)
     venv.seed(seed)
     obs = np.asarray(venv.reset())
     with tqdm(total=episodes, desc=name, disable=not progress_bar) as bar, th.random.fork_rng(devices=[]):
-        th.manual_seed(seed)
+        th.manual_seed(noise_seed)
         while quota.any():
             w = act(obs)
             next_obs, rewards, dones, infos = venv.step(w)
@@ -211,6 +214,7 @@ def evaluate(
     seed: int = 1_000_000,
     deterministic: bool = True,
     progress_bar: bool = False,
+    noise_seed: int | None = None,
 ) -> EvalResult:
     """
     Success, return and length over a fixed quota of episodes per env.
@@ -222,16 +226,17 @@ def evaluate(
     :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
     :param name: of the result; None takes the control's name or "model"
-    :param seed: of the envs and of the noise
+    :param seed: of the envs
     :param deterministic: w is the policy's mean; otherwise it is sampled from the policy
     :param progress_bar: show a progress bar
+    :param noise_seed: of the noise, for the same episodes under other noise; None is ``seed``
     :raises ValueError: if the env does not report success
     """
     if name is None:
         name = player if isinstance(player, str) else "prior" if isinstance(player, NoisePolicy) else "model"
     infos = [
         info
-        for step in play(player, env, episodes, seed, deterministic, progress_bar, f"evaluate {name}")
+        for step in play(player, env, episodes, seed, deterministic, progress_bar, f"evaluate {name}", noise_seed)
         for info in _final_infos(step)
     ]
     for key in ("episode_return", "success_once"):

@@ -135,7 +135,8 @@ def make_latent_env(
     :param obs_mode: ManiSkill observation mode; None is the flow's
     :param control_mode: ManiSkill controller; None is the flow's
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
-    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
+        "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
     :param seed: env i is seeded with ``seed + i`` at its first reset
     :param chunk_env_kwargs: further arguments of :func:`make_chunk_env`, such as ``sim_backend``, ``reward_mode``,

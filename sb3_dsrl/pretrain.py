@@ -180,7 +180,7 @@ def pretrain_latent(
         if normalize_advantages:
             advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
         weights = exp_weights(advantages / beta, max_weight)
-        w = rollouts.w[:, steering.rows] if rollouts.w.shape[1] == flow.pred_horizon else rollouts.w
+        w = rollouts.w if rollouts.w.shape[1:] == steering.action_space.shape else rollouts.w[:, steering.rows]
         source = _ExecutedNoise(*(x.to(flow.device) for x in (rollouts.cond, w, weights)))
     else:
         assert critic is not None and transitions is not None
@@ -239,9 +239,10 @@ def _check_rollouts_fit(steering: Steering, rollouts: Rollouts) -> None:
     ):
         if found != expected:
             raise ValueError(f"The rollouts were collected with {what}={found}, but the flow to steer has {expected}")
-    rows = steering.rows.stop - steering.rows.start
-    if rollouts.w.shape[1] not in (flow.pred_horizon, rows):
-        raise ValueError(f"The rollouts steer {rollouts.w.shape[1]} entries of the noise, expected {rows}: see steer_mode")
+    entries = steering.rows.stop - steering.rows.start
+    usable = (entries,) if steering.steer_mode == "shared" else (entries, flow.pred_horizon)
+    if rollouts.w.shape[1] not in usable:
+        raise ValueError(f"The rollouts steer {rollouts.w.shape[1]} entries of the noise, expected {entries}: see steer_mode")
 
 
 def _all_transitions(

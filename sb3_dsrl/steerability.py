@@ -450,9 +450,11 @@ def _action_spread(
 ) -> ActionSpread:
     flow, generator = steering.flow, th.Generator().manual_seed(seed)
     states = rollouts.cond[th.randperm(len(rollouts), generator=generator)[:n_states]].to(flow.device)
-    shape = (len(states), n_noises, *flow.noise_shape)
-    w = th.randn(shape[0], 1, *shape[2:], generator=generator).repeat(1, n_noises, 1, 1)
-    w[:, :, steering.rows] = th.randn(shape, generator=generator)[:, :, steering.rows]  # what is not steered stays as it is
+    w = steering.prior(len(states), n_noises, generator=generator)
+    if steering.steer_mode == "act_horizon":  # what is not steered stays as it is
+        steered = w[:, :, steering.rows].clone()
+        w = w[:, :1].repeat(1, n_noises, 1, 1)
+        w[:, :, steering.rows] = steered
     chunks = flow.executed(flow.decode(states, w.to(flow.device), steering.num_steps)).cpu()
     noise = chunks.var(dim=1).mean(dim=0).sqrt().numpy()
     if demos is None:

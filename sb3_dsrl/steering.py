@@ -11,7 +11,7 @@ from gymnasium import spaces
 from sb3_dsrl.noise_policy import NoisePolicy
 from sb3_dsrl.observations import map_frames
 
-SteerMode = Literal["full", "act_horizon"]
+SteerMode = Literal["full", "act_horizon", "shared"]
 
 
 class NoiseSpace(spaces.Box):
@@ -23,7 +23,7 @@ class NoiseSpace(spaces.Box):
     fingerprint and the macro-step discount and compares them, so that SB3's own check of spaces in ``PPO.load`` and
     ``set_env`` refuses another flow.
 
-    :param shape: (T, A), or (H, A) with ``steer_mode="act_horizon"``
+    :param shape: (T, A), (H, A) or (1, A), see ``steer_mode``
     :param noise_bound: each entry lies in [-noise_bound, noise_bound]
     :param flow_hash: :meth:`NoisePolicy.fingerprint`
     :param macro_gamma: discount of one macro-step, ``gamma ** H``
@@ -73,7 +73,9 @@ class Steering:
     :param flow: the policy that is steered; it is frozen
     :param gamma: discount per env step
     :param noise_bound: bound of the noise space; at 4 the clipping touches 6 in 100,000 entries of the prior
-    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
+        "shared" one entry that is repeated T times: T times fewer dimensions to explore, as DSRL does with large chunks
+        (https://arxiv.org/abs/2506.15799). Its prior is not the flow's, so start narrow: ``log_std_init=math.log(0.3)``
     :param num_steps: decoding steps; None is the flow's own
     :param seed: of the generator of the tail
     :raises ValueError: if an argument is out of range
@@ -93,8 +95,8 @@ class Steering:
             raise ValueError(f"noise_bound must be positive and finite, found {noise_bound}")
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
-        if steer_mode not in ("full", "act_horizon"):
-            raise ValueError(f"steer_mode must be 'full' or 'act_horizon', found {steer_mode!r}")
+        if steer_mode not in ("full", "act_horizon", "shared"):
+            raise ValueError(f"steer_mode must be 'full', 'act_horizon' or 'shared', found {steer_mode!r}")
         if num_steps is not None and num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, found {num_steps}")
         self.flow = flow.freeze()
@@ -104,6 +106,8 @@ class Steering:
         self.rows = slice(0, flow.pred_horizon)
         if steer_mode == "act_horizon":
             self.rows = slice(flow.action_offset, flow.action_offset + flow.act_horizon)
+        elif steer_mode == "shared":
+            self.rows = slice(0, 1)
         steered = self.rows.stop - self.rows.start
         self.observation_space = spaces.Box(-np.inf, np.inf, (flow.cond_dim,), np.float32)
         self.action_space = NoiseSpace((steered, flow.action_dim), noise_bound, flow.fingerprint(), self.macro_gamma)
@@ -136,7 +140,7 @@ class Steering:
     def chunk(self, features: np.ndarray | th.Tensor, w: np.ndarray | th.Tensor) -> th.Tensor:
         """
         :param features: (N, C)
-        :param w: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``
+        :param w: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``
         :return: the part of the decoded chunks that is executed, (N, H, A)
         :raises ValueError: if the noise has another shape, or noise or chunks are NaN or infinite
         """
@@ -154,13 +158,26 @@ class Steering:
 
     def full_noise(self, w: th.Tensor) -> th.Tensor:
         """
-        Completes steered noise to all T entries, with the prior.
+        Completes steered noise to all T entries, with the prior or by repetition.
 
-        :param w: (N, T, A) or (N, H, A)
+        :param w: (N, T, A), (N, H, A) or (N, 1, A)
         :return: (N, T, A)
         """
+        if self.steer_mode == "shared":
+            return w.expand(-1, self.flow.pred_horizon, -1)
         missing = self.flow.pred_horizon - w.shape[1]
         if missing == 0:
             return w
         rest = th.randn(len(w), missing, self.flow.action_dim, generator=self._generator).to(w)
         return th.cat([rest[:, : self.rows.start], w, rest[:, self.rows.start :]], dim=1)
+
+    def prior(self, *batch: int, generator: th.Generator | None = None) -> th.Tensor:
+        """
+        Draws N(0, I) for what is steered, completed to all T entries; :attr:`rows` are what is steered.
+
+        :param batch: leading dimensions
+        :param generator: None is torch's global one
+        :return: on the CPU, where evaluations seed the generator, (*batch, T, A)
+        """
+        noise = th.randn(*batch, *self.flow.noise_shape, generator=generator)
+        return noise[..., self.rows, :].expand_as(noise) if self.steer_mode == "shared" else noise

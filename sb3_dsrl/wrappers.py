@@ -177,7 +177,8 @@ class LatentSteeringWrapper(gym.Wrapper):
     :param flow: the policy that is steered; it is frozen
     :param gamma: discount per env step; None is that of an ActionChunkWrapper below, or 0.99
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
-    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
+        "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
     :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None is as in an
         ActionChunkWrapper below, or False
@@ -224,7 +225,7 @@ class LatentSteeringWrapper(gym.Wrapper):
 
     def step(self, w: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """
-        :param w: noise, (T, A), or (H, A) with ``steer_mode="act_horizon"``
+        :param w: noise, (T, A), (H, A) or (1, A), see ``steer_mode``
         :return: features (C,), macro reward, terminated, truncated, info
         """
         chunk = _to_numpy(self.steering.chunk(self._cond, w[None]))[0]
@@ -245,7 +246,8 @@ class VecLatentSteering(VecEnvWrapper):
         :class:`BatchedChunkEnv`
     :param flow: the policy that is steered; it is frozen
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
-    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
+        "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
     :raises ValueError: if flow and envs do not fit
     """
@@ -295,7 +297,7 @@ class VecLatentSteering(VecEnvWrapper):
 
     def step_async(self, actions: np.ndarray) -> None:
         """
-        :param actions: noise, (N, T, A), or (N, H, A) with ``steer_mode="act_horizon"``
+        :param actions: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``
         """
         chunks = self.steering.chunk(self._cond, actions)
         self._chunks = _to_numpy(chunks)

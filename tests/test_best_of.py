@@ -49,7 +49,7 @@ def test_more_candidates_are_better_and_a_wrong_critic_is_worse() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("mode", "rows"), [("full", 4), ("act_horizon", 3)])
+@pytest.mark.parametrize(("mode", "rows"), [("full", 4), ("act_horizon", 3), ("shared", 1)])
 def test_forms_and_steer_modes(form: str, mode: str, rows: int) -> None:
     flow = tiny_flow()
     assert flow.critic is not None

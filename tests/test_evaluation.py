@@ -76,6 +76,26 @@ def test_same_seed_same_starts_for_every_player(form: str, flow):
     assert not np.isin(starts("prior", 8), reference).any()
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_same_starts_under_other_noise(sampled: bool, flow, env):
+    """``noise_seed`` changes the noise of controls and of sampled models, and nothing else."""
+    model = PPO("LatentPolicy", env, gamma=GAMMA**3, n_steps=8, batch_size=16, seed=0)
+
+    def played(noise_seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        player, mode = (model, dict(deterministic=False)) if sampled else ("prior", {})
+        first = next(iter(play(player, random_starts(flow), 4, seed=3, noise_seed=noise_seed, **mode)))
+        return first.obs, first.w
+
+    (obs, w), (same_obs, same_w), (other_obs, other_w) = played(None), played(3), played(4)
+    np.testing.assert_array_equal(obs, other_obs)
+    np.testing.assert_array_equal(w, same_w)
+    np.testing.assert_array_equal(obs, same_obs)
+    assert (w != other_w).all()
+    result = evaluate("prior", random_starts(flow), 4, seed=3)
+    assert result == evaluate("prior", random_starts(flow), 4, seed=3, noise_seed=3)
+    assert result.mean_return != evaluate("prior", random_starts(flow), 4, seed=3, noise_seed=4).mean_return
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_same_seed_same_result(deterministic: bool, flow, env):
     model = PPO("LatentPolicy", env, gamma=GAMMA**3, n_steps=8, batch_size=16, seed=0)

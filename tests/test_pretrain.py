@@ -626,6 +626,25 @@ def test_steering_the_executed_part_only(weighting: Any, monkeypatch: pytest.Mon
         pretrain_latent(flow, rollouts=rollouts)
 
 
+@pytest.mark.parametrize("pool_size", [None, 20])
+def test_candidates_of_shared_noise(pool_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """steer_mode="shared": candidates are single entries of the noise, scored by what they become when repeated."""
+    monkeypatch.setattr("sb3_dsrl.pretrain.train_critic", partial(train_critic, n_iterations=5))
+    flow = tiny_flow()
+    assert flow.critic is not None
+    flow.critic.updates += 1
+    env = FORMS["vec form"](flow, [scripted(time_limit=9) for _ in range(2)], steer_mode="shared")
+    model = PPO("LatentPolicy", env, gamma=0.99**3, n_steps=4, batch_size=8)
+    rollouts = collect_rollouts("prior", env, episodes=4)
+    policy = pretrain_latent(model, rollouts=rollouts, weighting="candidates", n_iterations=3, pool_size=pool_size)
+    assert policy.pi(th.zeros(5, flow.cond_dim)).mode().shape == (5, 2)
+    noise = Steering(flow, steer_mode="shared").prior(3, 5)
+    assert noise.shape == (3, 5, 4, 2) and th.equal(noise, noise[:, :, :1].expand_as(noise)) and noise.std() > 0.5
+    full = FORMS["vec form"](flow, [scripted(time_limit=9)])
+    with pytest.raises(ValueError, match="The rollouts steer 4 entries of the noise, expected 1: see steer_mode"):
+        pretrain_latent(model, rollouts=collect_rollouts("prior", full, episodes=2))
+
+
 def test_rollouts_are_not_taken_through_vec_normalize() -> None:
     env = VecNormalize(bandit_env(bandit_flow()))
     with pytest.raises(ValueError, match="needs the flow's own features and rewards: pass the env below VecNormalize"):

@@ -233,9 +233,9 @@ def test_spread_of_noise_and_demos(tmp_path: Path, spread: float) -> None:
     assert found.noise.shape == found.overall.shape == found.similar.shape == (1, 2)
 
 
-@pytest.mark.parametrize(("mode", "std"), [("full", 0.5), ("act_horizon", 0.25)])
+@pytest.mark.parametrize(("mode", "std"), [("full", 0.5), ("act_horizon", 0.25), ("shared", 0.72)])
 def test_noise_that_is_not_steered_is_held(mode: str, std: float) -> None:
-    """Every action is the mean of 4 rows of the noise, one of which is steered with steer_mode="act_horizon"."""
+    """Every action is the mean of 4 rows of the noise, clipped to [-1, 1]; steer_mode="act_horizon" steers one of them."""
 
     class MeanVelocity(LinearVelocity):
         def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:

@@ -220,6 +220,19 @@ def test_act_horizon_mode_draws_the_rest_from_the_prior(form: str, action_offset
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_shared_mode_repeats_one_entry(form: str):
+    flow, w = tiny_flow(), noises(3, 2, (1, 2))
+
+    def chunks(mode: str, noise: np.ndarray) -> np.ndarray:
+        env = FORMS[form](flow, [scripted(episode_lengths=(1000,)) for _ in range(2)], steer_mode=mode)
+        assert env.action_space.shape == noise.shape[2:]
+        env.reset()
+        return np.stack([[info["action_chunk"] for info in env.step(x)[3]] for x in noise])
+
+    np.testing.assert_array_equal(chunks("shared", w), chunks("full", w.repeat(4, axis=2)))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_macro_gamma(form: str, flow):
     env = FORMS[form](flow, [scripted()], gamma=GAMMA)
     assert env.get_attr("macro_gamma")[0] == pytest.approx(GAMMA**3) if form == "gym form" else env.macro_gamma == GAMMA**3
@@ -333,7 +346,7 @@ def test_chunk_wrapper_refuses(env, kwargs: dict, sentence: str):
         (scripted, dict(noise_bound=0.0), "noise_bound must be positive and finite, found 0.0"),
         (scripted, dict(noise_bound=-1.0), "noise_bound must be positive and finite, found -1.0"),
         (scripted, dict(gamma=0.0), "gamma is the discount per env step"),
-        (scripted, dict(steer_mode="half"), "steer_mode must be 'full' or 'act_horizon', found 'half'"),
+        (scripted, dict(steer_mode="half"), "steer_mode must be 'full', 'act_horizon' or 'shared', found 'half'"),
         (scripted, dict(num_steps=0), "num_steps must be at least 1, found 0"),
         (lambda: scripted(action_dim=5), {}, r"chunks have shape \(H, A\) = \(3, 5\), but the flow's are \(3, 2\)"),
         (

@@ -93,7 +93,7 @@ CASES = [
     Case("prior_mix_decay 2", policy(prior_mix_decay=2.0), r"prior_mix_decay must lie in \[0, 1\], found 2.0"),
     Case("value_lr 0", policy(value_lr=0.0), "value_lr must be positive, found 0.0"),
     Case("std 0", policy(log_std_init=float("-inf")), "log_std_init must be finite, found -inf: a std is positive"),
-    Case("unknown steer_mode", steered(steer_mode="half"), "steer_mode must be 'full' or 'act_horizon', found 'half'"),
+    Case("unknown steer_mode", steered(steer_mode="half"), "must be 'full', 'act_horizon' or 'shared', found 'half'"),
     Case("num_steps 0", steered(num_steps=0), "num_steps must be at least 1, found 0"),
     Case(
         "noise of another shape", lambda folder: step(np.zeros((5, 2))), r"Noise must have shape .*\(1, 4, 2\), found \(1, 5"

@@ -34,9 +34,9 @@ from sb3_dsrl import (
 )
 from sb3_dsrl.best_of import BestOfM
 from sb3_dsrl.evaluation import Player
+from sb3_dsrl.steering import SteerMode
 
 GAMMA = 0.99
-STD = 0.45  # of latent policies that PPO starts from
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ TASKS = {
     task.env_id: task
     for task in (
         Task("PushCube-v1", 50, 100_000, 4, dict(num_demos=50, speedup=5, noise=0.45), 1_000),
-        Task("PickCube-v1", 50, 300_000, 8, dict(num_demos=150, speedup=4, noise=0.2), 4_000),
+        Task("PickCube-v1", 50, 150_000, 8, dict(num_demos=200, speedup=4, noise=0.2), 4_000),
         Task("LiftPegUpright-v1", 100, 400_000, 8, dict(num_demos=60, speedup=4, noise=0.12), 2_500),
     )
 }
@@ -110,7 +110,7 @@ class Trial:
     env: VecEnv = field(init=False)
     eval_env: VecEnv = field(init=False)
 
-    def steered(self, noise_bound: float = 4.0) -> VecEnv:
+    def steered(self, noise_bound: float = 4.0, steer_mode: SteerMode = "full") -> VecEnv:
         """Makes the env of a method that steers the flow; dense reward without termination."""
         make = partial(
             make_latent_env,
@@ -119,6 +119,7 @@ class Trial:
             self.n_envs,
             max_episode_steps=self.task.max_episode_steps,
             noise_bound=noise_bound,
+            steer_mode=steer_mode,
             n_workers=1,
             gamma=GAMMA,
         )
@@ -198,10 +199,15 @@ def best_of_m(trial: Trial) -> Player:
     return BestOfM(env)
 
 
-def latent_model(trial: Trial, ticket: bool) -> PPO:
-    """PPO with a latent policy around the prior's mean or around a golden ticket."""
-    env = trial.steered()
-    policy_kwargs: dict[str, Any] = dict(prior_mix=0.03, log_std_init=math.log(STD))
+def latent_model(trial: Trial, ticket: bool, shared: bool = False) -> PPO:
+    """
+    PPO with a latent policy around the prior's mean or around a golden ticket.
+
+    :param shared: one entry of noise is repeated; it moves all of a chunk alike, hence the smaller std
+    """
+    env = trial.steered(steer_mode="shared" if shared else "full")
+    std, prior_mix = (0.3, 0.0) if shared else (0.45, 0.03)
+    policy_kwargs: dict[str, Any] = dict(prior_mix=prior_mix, log_std_init=math.log(std))
     if ticket:
         found = find_ticket(env, rounds=trial.ticket_rounds, seed=trial.seed)
         trial.env_steps += found.env_steps
@@ -212,28 +218,30 @@ def latent_model(trial: Trial, ticket: bool) -> PPO:
     return PPO("LatentPolicy", env, **kwargs)
 
 
-def fit_stage1(trial: Trial, model: PPO, ticket: bool, rounds: int = 1, demos: bool = False, **recipe: Any) -> None:
+def fit_stage1(trial: Trial, model: PPO, base: bool, rounds: int = 1, demos: bool = False, **recipe: Any) -> None:
     """
-    Stage 1 on rollouts of the flow, or of the policy where that is around a ticket or was fitted before.
+    Stage 1 on rollouts of the flow or of the policy.
 
-    :param ticket: the policy is around a ticket
+    :param base: the first rollouts are those of the flow
     :param rounds: of rollout and refit, which share the episodes
     :param demos: the demos are used, too
     :param recipe: arguments of ``pretrain_latent``
     """
     for i in range(rounds):
-        player = model if ticket or i else trial.flow
+        player = trial.flow if base and not i else model
         rollouts = collect_rollouts(player, trial.env, trial.rollout_episodes // rounds, seed=trial.seed + 1_000 * i)
         trial.env_steps += rollouts.env_steps
         path = trial.demo_path if demos else None
         pretrain_latent(model, path, rollouts, **(dict(n_iterations=trial.stage1_iters) | recipe))
 
 
-def latent_ppo(trial: Trial, ticket: bool = True, stage1: bool = True, stage2: bool = True, **recipe: Any) -> Player:
+def latent_ppo(
+    trial: Trial, ticket: bool = True, stage1: bool = True, stage2: bool = True, shared: bool = False, **recipe: Any
+) -> Player:
     """The method: golden ticket, stage 1, stage 2; or parts of it, or another recipe of stage 1."""
-    model = latent_model(trial, ticket)
+    model = latent_model(trial, ticket, shared)
     if stage1:
-        fit_stage1(trial, model, ticket, **recipe)
+        fit_stage1(trial, model, base=not (ticket or shared), **recipe)
     return trial.learn(model, trial.flow.act_horizon) if stage2 else model
 
 
@@ -344,6 +352,9 @@ METHODS: dict[str, tuple[str, Method]] = {
     "ticket_stage2": ("ticket + stage 2", partial(latent_ppo, stage1=False)),
     "stage1_stage2": ("stage 1 + stage 2", partial(latent_ppo, ticket=False)),
     "full": ("ticket + stage 1 + stage 2", latent_ppo),
+    "shared_stage1": ("stage 1, shared noise", partial(latent_ppo, ticket=False, shared=True, stage2=False)),
+    "shared_stage2": ("stage 2, shared noise", partial(latent_ppo, ticket=False, shared=True, stage1=False)),
+    "shared_full": ("stage 1 + stage 2, shared noise", partial(latent_ppo, ticket=False, shared=True)),
     "latent_sac": ("latent SAC", partial(latent_off_policy, algorithm=SAC)),
     "latent_tqc": ("latent TQC", partial(latent_off_policy, algorithm=TQC)),
     "ppo_dense": ("PPO from scratch, dense", partial(scratch_ppo, chunks=False, sparse=False)),

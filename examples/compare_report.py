@@ -26,6 +26,7 @@ Recipes of stage 1, without ticket and stage 2 ("stage 1" is the default):
 
 {table}
 """
+STARTED = ("ticket_stage2", "stage1_stage2", "full", "shared_stage2", "shared_full")  # stage 2 has something to lose
 DIP_EVALUATIONS = 5
 DIP = """
 Offline to online: deterministic success at end when stage 2 begins, and the mean of its first {n} evaluations.
@@ -101,7 +102,7 @@ def _table(rows: pd.DataFrame, methods: dict[str, tuple[str, Method]]) -> str:
 
 def _dip(curves: pd.DataFrame) -> str:
     lines = []
-    for method in [method for method in ("ticket_stage2", "stage1_stage2", "full") if method in set(curves.method)]:
+    for method in [method for method in STARTED if method in set(curves.method)]:
         seeds = [one.sort_values("env_steps").success_at_end for _, one in curves[curves.method == method].groupby("seed")]
         start = np.array([seed.iloc[0] for seed in seeds])
         then = np.array([seed.iloc[1 : 1 + DIP_EVALUATIONS].mean() for seed in seeds])

@@ -51,6 +51,7 @@ class BestOfM:
         """
         flow, bound = self.steering.flow, self.steering.action_space.noise_bound
         cond = th.as_tensor(observation, device=flow.device)
+        # drawn on the CPU, where evaluations seed the generator
         w = self.steering.prior(len(cond), self.n_candidates).clamp(-bound, bound).to(flow.device)
         best = score_noises(self.steering, self.critic, cond, w, self.kappa).argmax(dim=1)
         return w[th.arange(len(w), device=w.device), best][:, self.steering.rows].cpu().numpy(), None

@@ -67,7 +67,7 @@ class FreshCandidates:
 
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         cond = self.cond[th.randint(len(self.cond), (batch_size,))]
-        w = self.steering.prior(batch_size, self.n_candidates).to(cond.device)
+        w = self.steering.prior(batch_size, self.n_candidates, device=cond.device)
         return cond, w, score_noises(self.steering, self.critic, cond, w, self.kappa)
 
 
@@ -93,7 +93,7 @@ class PooledCandidates:
         progress_bar: bool,
         states_at_once: int = 64,
     ) -> PooledCandidates:
-        pool = steering.prior(len(cond), pool_size).to(cond.device)
+        pool = steering.prior(len(cond), pool_size, device=cond.device)
         starts = range(0, len(cond), states_at_once)
         q = [
             score_noises(steering, critic, cond[i : i + states_at_once], pool[i : i + states_at_once], kappa)

@@ -171,13 +171,14 @@ class Steering:
         rest = th.randn(len(w), missing, self.flow.action_dim, generator=self._generator).to(w)
         return th.cat([rest[:, : self.rows.start], w, rest[:, self.rows.start :]], dim=1)
 
-    def prior(self, *batch: int, generator: th.Generator | None = None) -> th.Tensor:
+    def prior(self, *batch: int, generator: th.Generator | None = None, device: th.device | str = "cpu") -> th.Tensor:
         """
         Draws N(0, I) for what is steered, completed to all T entries; :attr:`rows` are what is steered.
 
         :param batch: leading dimensions
-        :param generator: None is torch's global one
-        :return: on the CPU, where evaluations seed the generator, (*batch, T, A)
+        :param generator: None is torch's global one of the device
+        :param device: where it is drawn
+        :return: (*batch, T, A)
         """
-        noise = th.randn(*batch, *self.flow.noise_shape, generator=generator)
+        noise = th.randn(*batch, *self.flow.noise_shape, generator=generator, device=device)
         return noise[..., self.rows, :].expand_as(noise) if self.steer_mode == "shared" else noise

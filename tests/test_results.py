@@ -1,0 +1,44 @@
+"""The figures of the README are those of the results that are kept beside it."""
+
+import importlib
+import re
+
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from tests.scripts import EXAMPLES
+
+README = (EXAMPLES.parent / "README.md").read_text()
+RESULTS = EXAMPLES / "results"
+
+
+def block(name: str) -> str:
+    """What stands in the README between <!-- name --> and <!-- /name -->."""
+    found = re.search(rf"<!-- {name} -->\n(.*)\n<!-- /{name} -->", README, re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+def test_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    report = importlib.import_module("compare_report")
+    rows = pd.read_csv(RESULTS / "compare" / "results.csv")
+    assert not rows.duplicated(["method", "env_id", "seed", "deterministic"]).any()
+    assert block("compare") == report.summary(rows)
+    assert report.summary(rows) in (RESULTS / "compare" / "report.md").read_text()
+    for env_id in rows.env_id.unique():
+        assert rows[rows.env_id == env_id].env_steps.max() <= report.TASKS[env_id].budget
+    linked = re.findall(r"\]\((.+?\.(?:png|csv))\)", (RESULTS / "compare" / "report.md").read_text())
+    assert len(linked) > 2 and all((RESULTS / "compare" / name).is_file() for name in linked)
+
+
+def test_steerability_ranks_flows() -> None:
+    rows = pd.read_csv(RESULTS / "steerability.csv")
+    rows["gain"] = (rows.stage2 - rows.base).round(2)
+    assert len(rows) >= 6
+    assert block("steerability") == rows.to_markdown(index=False, floatfmt=".2f")
+    stated = re.search(r"rank correlation ([\d.]+) over (\d+) flows", README)
+    assert stated is not None
+    rho = spearmanr(rows.potential, rows.gain).statistic
+    assert (float(stated.group(1)), int(stated.group(2))) == (round(float(rho), 2), len(rows))

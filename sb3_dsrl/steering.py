@@ -74,8 +74,9 @@ class Steering:
     :param gamma: discount per env step
     :param noise_bound: bound of the noise space; at 4 the clipping touches 6 in 100,000 entries of the prior
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
-        "shared" one entry that is repeated T times: T times fewer dimensions to explore, as DSRL does with large chunks
-        (https://arxiv.org/abs/2506.15799). Its prior is not the flow's, so start narrow: ``log_std_init=math.log(0.3)``
+        "shared" one entry that is repeated T times: T times fewer dimensions to explore. The code of DSRL does so with
+        the long chunks of pi0 (https://arxiv.org/abs/2506.15799). Its prior is not the flow's, so start narrow:
+        ``log_std_init=math.log(0.3)``
     :param num_steps: decoding steps; None is the flow's own
     :param seed: of the generator of the tail
     :raises ValueError: if an argument is out of range

@@ -47,6 +47,7 @@ def test_make_demos_refuses(tmp_path: Path, flags: tuple[object, ...], sentence:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.timeout(600)
 def test_quickstart(tmp_path: Path) -> None:
     small = (
         "--total-iters",

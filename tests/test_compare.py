@@ -2,19 +2,12 @@
 
 import json
 import re
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 
-from tests.scripts import EXAMPLES, run_script
-from tests.test_workers import runs
+from tests.scripts import run_script
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -75,33 +68,6 @@ def test_recipes_of_stage_1(folder: Path) -> None:
     assert "| stage 1: candidates, critic of the demos | 1 " in recipes and "| stage 1: two rounds" in recipes
     spent = pd.read_csv(folder / "results.csv").groupby("method").env_steps.first()
     assert spent[list(names)].tolist() == [0, 16, 16]
-
-
-def test_a_killed_comparison_leaves_no_run_behind(folder: Path, tmp_path: Path) -> None:
-    """A run and the simulator's process below it end with the main process, however it ends."""
-    command = [sys.executable, EXAMPLES / "compare_baselines.py", "--smoke", "--methods", "prior", "--output", tmp_path]
-    shutil.copytree(folder / "PushCube-v1" / "flow", tmp_path / "PushCube-v1" / "flow")
-    shutil.copy(folder / "PushCube-v1" / "stage0.json", tmp_path / "PushCube-v1")
-    main = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        below = _wait_for(lambda: found if len(found := _descendants(main.pid)) >= 3 else None)  # one is multiprocessing's own
-    finally:
-        main.kill()
-        main.wait()
-    assert _wait_for(lambda: not any(map(runs, below)))
-
-
-def _descendants(pid: int) -> list[int]:
-    children = [child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
-    return [found for child in children for found in (int(child), *_descendants(int(child)))]
-
-
-def _wait_for(look: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.time() + seconds
-    while not (found := look()):
-        assert time.time() < deadline
-        time.sleep(0.05)
-    return found
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--methods", "sacc"), ("--env_ids", "PushCube-v2")])

@@ -262,13 +262,12 @@ def test_no_worker_outlives_the_main_process(how: signal.Signals, tmp_path: Path
     if how == signal.SIGINT:
         assert "KeyboardInterrupt" in errors and "Worker" not in errors.replace("WorkerVecEnv", "")
     deadline = time.time() + 15
-    while any(runs(pid) for pid in workers) and time.time() < deadline:
+    while any(_runs(pid) for pid in workers) and time.time() < deadline:
         time.sleep(0.1)
-    assert not [pid for pid in workers if runs(pid)]
+    assert not [pid for pid in workers if _runs(pid)]
 
 
-def runs(pid: int) -> bool:
-    """Whether this process exists and is no zombie."""
+def _runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

@@ -29,6 +29,7 @@ from sb3_dsrl.checkpoint import atomic_file
 from sb3_dsrl.evaluation import Player
 from sb3_dsrl.integrity import check_zip
 from sb3_dsrl.legacy import load_awsc_checkpoint
+from sb3_dsrl.steering import SteerMode
 
 EVAL_SEED = 1_000_000  # far from the seeds of demos and training
 
@@ -120,7 +121,7 @@ class FlowArgs(RunArgs):
     """Discount per env step; the flow's own if not given."""
     reward_scale: float | None = None
     """Factor on rewards; of a .pt file also the one that its critic was trained with."""
-    steer_mode: Literal["full", "act_horizon", "shared"] = "full"
+    steer_mode: SteerMode = "full"
     """Steer all of the noise, only the rows of the actions that are executed, or one row that is repeated."""
 
     @property

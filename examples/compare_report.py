@@ -44,6 +44,8 @@ Made by
 """
 STAGE_0 = "Stage 0: {demos} demos ({demo_steps:,} env steps, besides), {wall_seconds:.0f} s."
 
+TARGET = 0.8  # of deterministic success at the end, for "env steps to"
+
 COLUMNS = (
     *("method", "env_id", "seed", "env_steps", "episodes"),
     *("success_once", "success_at_end", "deterministic", "wall_seconds"),
@@ -74,16 +76,17 @@ def write_report(output: Path) -> str:
     for env_id in [env_id for env_id in TASKS if env_id in set(frame.env_id)]:
         rows = frame[frame.env_id == env_id]
         stage0 = json.loads((output / env_id / "stage0.json").read_text())
+        points = curves[curves.env_id == env_id] if len(curves) else curves
         text += f"\n## {env_id}\n\n{STAGE_0.format(**stage0)}\n\n{_table(rows, METHODS)}\n"
         if set(rows.method) & set(RECIPES):
             references = {name: METHODS[name] for name in ("prior", "zero", "stage1")}
             text += RECIPES_OF_STAGE_1.format(table=_table(rows, references | RECIPES))
         bars(output / f"{env_id}_final.png", rows)
         text += f"\n![final success]({env_id}_final.png)\n"
-        if len(curves) and (curves.env_id == env_id).any():
-            plot_curves(output / f"{env_id}_curves.png", curves[curves.env_id == env_id], rows)
+        if len(points):
+            plot_curves(output / f"{env_id}_curves.png", points, rows)
             text += f"\n![success against env steps]({env_id}_curves.png)\n"
-            text += _dip(curves[curves.env_id == env_id])
+            text += _to_target(points) + _dip(points)
         text += COMMANDS.format(commands=_commands(rows))
     (output / "report.md").write_text(text)
     return text
@@ -117,6 +120,17 @@ def _table(rows: pd.DataFrame, methods: dict[str, tuple[str, Method]]) -> str:
             line[f"once{suffix}"] = f"{mode.success_once.mean():.2f}" if len(mode) else ""
         lines.append(line | {"wall s": f"{found.wall_seconds.mean():,.0f}"})
     return str(pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True))
+
+
+def _to_target(curves: pd.DataFrame) -> str:
+    """The env steps after which each seed's curve is first at the target."""
+    lines = []
+    for method in [method for method in METHODS if method in set(curves.method)]:
+        seeds = [one.sort_values("env_steps") for _, one in curves[curves.method == method].groupby("seed")]
+        reached = [seed.env_steps[seed.success_at_end >= TARGET] for seed in seeds]
+        steps = [f"{found.iloc[0]:,}" if len(found) else "never" for found in reached]
+        lines.append({"method": METHODS[method][0], f"env steps to {TARGET}, each seed": "; ".join(steps)})
+    return "\n" + str(pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)) + "\n"
 
 
 def _dip(curves: pd.DataFrame) -> str:

@@ -1,5 +1,6 @@
 """The comparison: every method runs, finished runs are kept, and the report says what the runs found."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.scripts import run_script
+from tests.scripts import EXAMPLES, run_script
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -49,6 +50,17 @@ def test_the_report_states_its_commands_and_the_start_of_stage_2(folder: Path) -
     assert "python examples/compare_baselines.py --env_ids PushCube-v1 --methods prior zero narrow" in text
     start = json.loads((folder / "PushCube-v1" / "full" / "0.json").read_text())["curve"][0]["success_at_end"]
     assert re.search(rf"\| ticket \+ stage 1 \+ stage 2 +\| {start:.2f} ", text.partition("Offline to online")[2])
+
+
+def test_the_report_states_the_env_steps_to_the_target(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "PushCube-v1" / "stage2" / "0.json"
+    content = json.loads(path.read_text())
+    curve = zip((0, 1_000, 2_000, 3_000), (0.5, 0.75, 0.8125, 0.5), strict=True)
+    content["curve"] = [dict(env_steps=steps, success_once=1.0, success_at_end=success) for steps, success in curve]
+    path.write_text(json.dumps(content))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    text = importlib.import_module("compare_report").write_report(folder).partition("env steps to 0.8")[2]
+    assert re.search(r"\| stage 2 +\| 2,000 +\|", text)
 
 
 def test_finished_runs_are_skipped(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -106,7 +107,7 @@ def summary(rows: pd.DataFrame) -> str:
             values = found[found.deterministic == found.deterministic.max()].success_at_end
             line[env_id] = f"{_mean_and_interval(values)}; {len(values)}" if len(values) else ""
         lines.append(line)
-    return str(pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True))
+    return _markdown(lines)
 
 
 def _table(rows: pd.DataFrame, methods: dict[str, tuple[str, Method]]) -> str:
@@ -119,33 +120,38 @@ def _table(rows: pd.DataFrame, methods: dict[str, tuple[str, Method]]) -> str:
             line[f"success at end{suffix}"] = _mean_and_interval(mode.success_at_end)
             line[f"once{suffix}"] = f"{mode.success_once.mean():.2f}" if len(mode) else ""
         lines.append(line | {"wall s": f"{found.wall_seconds.mean():,.0f}"})
+    return _markdown(lines)
+
+
+def _markdown(lines: list[dict[str, Any]]) -> str:
     return str(pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True))
+
+
+def _seeds(curves: pd.DataFrame, method: str) -> list[pd.DataFrame]:
+    """The curve of each seed of a method."""
+    return [one.sort_values("env_steps") for _, one in curves[curves.method == method].groupby("seed")]
 
 
 def _to_target(curves: pd.DataFrame) -> str:
     """The env steps after which each seed's curve is first at the target."""
     lines = []
     for method in [method for method in METHODS if method in set(curves.method)]:
-        seeds = [one.sort_values("env_steps") for _, one in curves[curves.method == method].groupby("seed")]
+        seeds = _seeds(curves, method)
         reached = [seed.env_steps[seed.success_at_end >= TARGET] for seed in seeds]
         steps = [f"{found.iloc[0]:,}" if len(found) else "never" for found in reached]
         lines.append({"method": METHODS[method][0], f"env steps to {TARGET}, each seed": "; ".join(steps)})
-    return "\n" + str(pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)) + "\n"
+    return "\n" + _markdown(lines) + "\n"
 
 
 def _dip(curves: pd.DataFrame) -> str:
     lines = []
     for method in [method for method in STARTED if method in set(curves.method)]:
-        seeds = [one.sort_values("env_steps").success_at_end for _, one in curves[curves.method == method].groupby("seed")]
+        seeds = [seed.success_at_end for seed in _seeds(curves, method)]
         start = np.array([seed.iloc[0] for seed in seeds])
         then = np.array([seed.iloc[1 : 1 + DIP_EVALUATIONS].mean() for seed in seeds])
         line = {"method": METHODS[method][0], "start": f"{start.mean():.2f}", "first evaluations": f"{then.mean():.2f}"}
         lines.append(line | {"difference": _mean_and_interval(pd.Series(then - start))})
-    return (
-        DIP.format(n=DIP_EVALUATIONS, table=pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True))
-        if lines
-        else ""
-    )
+    return DIP.format(n=DIP_EVALUATIONS, table=_markdown(lines)) if lines else ""
 
 
 def _commands(rows: pd.DataFrame) -> str:
@@ -205,8 +211,7 @@ def plot_curves(path: Path, curves: pd.DataFrame, rows: pd.DataFrame) -> None:
     for axis, key in zip(axes, ("success_at_end", "success_once"), strict=True):
         learning = [method for method in best_of_variants(rows) if method in set(curves.method)]
         for colour, method in zip(plt.get_cmap("tab20")(range(20)), learning, strict=False):
-            found = curves[curves.method == method]
-            seeds = [one.sort_values("env_steps") for _, one in found.groupby("seed")]
+            seeds = _seeds(curves, method)
             # a method's curve starts where its ticket and its stage 1 end
             grid = np.linspace(max(s.env_steps.min() for s in seeds), min(s.env_steps.max() for s in seeds), 50)
             values = np.stack([np.interp(grid, s.env_steps, s[key]) for s in seeds])

@@ -37,6 +37,7 @@ from sb3_dsrl.evaluation import Player
 from sb3_dsrl.steering import SteerMode
 
 GAMMA = 0.99
+CANDIDATE_POOL = 64  # candidates of a state, decoded once: fresh ones for every batch took over half an hour
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def latent_ppo(
 def demos_only(trial: Trial) -> Player:
     """Stage 1 without a rollout: candidates scored by the critic that learned from the demos."""
     model = latent_model(trial, ticket=False)
-    pretrain_latent(model, trial.demo_path, n_iterations=trial.stage1_iters)
+    pretrain_latent(model, trial.demo_path, n_iterations=trial.stage1_iters, pool_size=CANDIDATE_POOL)
     return model
 
 
@@ -372,7 +373,7 @@ RECIPES: dict[str, tuple[str, Method]] = {
     "candidates_demos": ("stage 1: candidates, critic of the demos", demos_only),
     "candidates_rollouts": (
         "stage 1: candidates, critic of demos and rollouts",
-        partial(_recipe, demos=True, weighting="candidates"),
+        partial(_recipe, demos=True, weighting="candidates", pool_size=CANDIDATE_POOL),
     ),
     "two_rounds": ("stage 1: two rounds of half the episodes", partial(_recipe, rounds=2)),
     "four_rounds": ("stage 1: four rounds of a quarter of the episodes", partial(_recipe, rounds=4)),

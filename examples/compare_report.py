@@ -1,7 +1,7 @@
 """The report of compare_baselines.py: results.csv, report.md and plots, from the files of its runs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def summary(rows: pd.DataFrame) -> str:
     """
     lines = []
     env_ids = [env_id for env_id in TASKS if env_id in set(rows.env_id)]
-    for method in [method for method in METHODS if method in set(rows.method)]:
+    for method in _found(METHODS, rows):
         line = {"success at the end (95% interval over seeds; seeds)": METHODS[method][0]}
         for env_id in env_ids:
             found = rows[(rows.method == method) & (rows.env_id == env_id)]
@@ -110,9 +110,14 @@ def summary(rows: pd.DataFrame) -> str:
     return _markdown(lines)
 
 
+def _found(methods: Iterable[str], rows: pd.DataFrame) -> list[str]:
+    """The methods that have rows, in the given order."""
+    return [method for method in methods if method in set(rows.method)]
+
+
 def _table(rows: pd.DataFrame, methods: dict[str, tuple[str, Method]]) -> str:
     lines = []
-    for method in [method for method in methods if method in set(rows.method)]:
+    for method in _found(methods, rows):
         found = rows[rows.method == method]
         line = {"method": methods[method][0], "seeds": found.seed.nunique(), "env steps": f"{found.env_steps.mean():,.0f}"}
         for deterministic, suffix in ((True, ""), (False, ", sampled")):
@@ -135,7 +140,7 @@ def _seeds(curves: pd.DataFrame, method: str) -> list[pd.DataFrame]:
 def _to_target(curves: pd.DataFrame) -> str:
     """The env steps after which each seed's curve is first at the target."""
     lines = []
-    for method in [method for method in METHODS if method in set(curves.method)]:
+    for method in _found(METHODS, curves):
         seeds = _seeds(curves, method)
         reached = [seed.env_steps[seed.success_at_end >= TARGET] for seed in seeds]
         steps = [f"{found.iloc[0]:,}" if len(found) else "never" for found in reached]
@@ -145,7 +150,7 @@ def _to_target(curves: pd.DataFrame) -> str:
 
 def _dip(curves: pd.DataFrame) -> str:
     lines = []
-    for method in [method for method in STARTED if method in set(curves.method)]:
+    for method in _found(STARTED, curves):
         seeds = [seed.success_at_end for seed in _seeds(curves, method)]
         start = np.array([seed.iloc[0] for seed in seeds])
         then = np.array([seed.iloc[1 : 1 + DIP_EVALUATIONS].mean() for seed in seeds])
@@ -156,7 +161,7 @@ def _dip(curves: pd.DataFrame) -> str:
 
 def _commands(rows: pd.DataFrame) -> str:
     methods: dict[tuple[int, ...], list[str]] = {}
-    for method in [method for method in ALL if method in set(rows.method)]:
+    for method in _found(ALL, rows):
         seeds = tuple(sorted(int(seed) for seed in set(rows[rows.method == method].seed)))
         methods.setdefault(seeds, []).append(method)
     command = f"python examples/compare_baselines.py --env_ids {rows.env_id.iloc[0]}"
@@ -178,7 +183,7 @@ def best_of_variants(rows: pd.DataFrame) -> list[str]:
     """Of each baseline from scratch the better of dense and sparse reward; everything else as it is."""
     final = rows.groupby("method").success_at_end.mean()
     best: dict[str, str] = {}
-    for method in [method for method in METHODS if method in final.index]:
+    for method in _found(METHODS, rows):
         family = method.removesuffix("_dense").removesuffix("_sparse")
         if family not in best or final[method] > final[best[family]]:
             best[family] = method
@@ -186,8 +191,8 @@ def best_of_variants(rows: pd.DataFrame) -> list[str]:
 
 
 def bars(path: Path, rows: pd.DataFrame) -> None:
-    """Final success of every method, the better of deterministic and sampled play shown darker behind the other."""
-    methods = [method for method in METHODS if method in set(rows.method)]
+    """Final success of every method, deterministic and sampled play below each other."""
+    methods = _found(METHODS, rows)
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(methods) + 1.2), constrained_layout=True)
     for offset, deterministic, colour in ((-0.2, True, "tab:blue"), (0.2, False, "tab:orange")):
         for i, method in enumerate(methods):
@@ -209,7 +214,7 @@ def plot_curves(path: Path, curves: pd.DataFrame, rows: pd.DataFrame) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, constrained_layout=True)
     prior = rows[rows.method == "prior"]
     for axis, key in zip(axes, ("success_at_end", "success_once"), strict=True):
-        learning = [method for method in best_of_variants(rows) if method in set(curves.method)]
+        learning = _found(best_of_variants(rows), curves)
         for colour, method in zip(plt.get_cmap("tab20")(range(20)), learning, strict=False):
             seeds = _seeds(curves, method)
             # a method's curve starts where its ticket and its stage 1 end

@@ -49,9 +49,9 @@ class BestOfM:
         :param deterministic: makes no difference, since the candidates are always drawn
         :return: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``, and None, as SB3's ``predict``
         """
-        flow, bound = self.steering.flow, self.steering.action_space.noise_bound
+        flow = self.steering.flow
         cond = th.as_tensor(observation, device=flow.device)
         # drawn on the CPU, where evaluations seed the generator
-        w = self.steering.prior(len(cond), self.n_candidates).clamp(-bound, bound).to(flow.device)
+        w = self.steering.choices(len(cond), self.n_candidates).to(flow.device)
         best = score_noises(self.steering, self.critic, cond, w, self.kappa).argmax(dim=1)
         return w[th.arange(len(w), device=w.device), best][:, self.steering.rows].cpu().numpy(), None

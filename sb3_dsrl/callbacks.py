@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
 from sb3_dsrl.checkpoint import atomic_file
 from sb3_dsrl.evaluation import EvalResult, evaluate
@@ -88,8 +88,16 @@ class SuccessEvalCallback(BaseCallback):
         self.measure()
 
     def measure(self) -> None:
-        """Evaluates and saves the model now."""
+        """
+        Evaluates and saves the model now.
+
+        :raises ValueError: if the training env is wrapped in VecNormalize and the evaluation env is not
+        """
         start = time.time()
+        if self.model.get_vec_normalize_env() is not None:
+            if not isinstance(self.eval_env, VecEnv) or unwrap_vec_normalize(self.eval_env) is None:
+                raise ValueError("The training env is wrapped in VecNormalize, eval_env is not: expected both or neither")
+            sync_envs_normalization(self.training_env, self.eval_env)
         modes = (True, False) if self.stochastic else (True,)
         results = [
             evaluate(self.model, self.eval_env, self.n_eval_episodes, seed=self.seed, deterministic=deterministic)

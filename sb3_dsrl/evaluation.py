@@ -158,6 +158,15 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def quota_per_env(episodes: int, n_envs: int) -> np.ndarray:
+    """
+    :param episodes: in all
+    :param n_envs: envs that play them
+    :return: episodes of each env, (n_envs,)
+    """
+    return np.full(n_envs, episodes // n_envs) + (np.arange(n_envs) < episodes % n_envs)
+
+
 def play(
     player: Player,
     env: gym.Env | VecEnv,
@@ -171,7 +180,9 @@ def play(
     """
     Plays a fixed quota of episodes in each env. (Taking the first that finish would favour the short ones.)
 
-    The same seed and number of envs start the same episodes, whatever plays them.
+    The same seed and number of envs start the same episodes, whatever plays them, in ManiSkill's envs on the CPU. A GPU
+    simulator and other gym envs go on with one random generator, so there it holds as long as all episodes are equally long
+    (and, in a gym env, draw equally many random numbers).
 
     :param player: see :data:`Player`
     :param env: steered env, gym or vectorised
@@ -188,10 +199,11 @@ def play(
     venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
     noise_seed = seed if noise_seed is None else noise_seed
     act = _actor(player, venv, noise_seed, deterministic)
-    quota = np.full(venv.num_envs, episodes // venv.num_envs) + (np.arange(venv.num_envs) < episodes % venv.num_envs)
+    quota = quota_per_env(episodes, venv.num_envs)
     venv.seed(seed)
     obs = np.asarray(venv.reset())
-    with tqdm(total=episodes, desc=name, disable=not progress_bar) as bar, th.random.fork_rng(devices=[]):
+    gpus = range(th.cuda.device_count() if th.cuda.is_initialized() else 0)  # manual_seed seeds them, too
+    with tqdm(total=episodes, desc=name, disable=not progress_bar) as bar, th.random.fork_rng(gpus):
         th.manual_seed(noise_seed)
         while quota.any():
             w = act(obs)

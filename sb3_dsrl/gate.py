@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_dsrl.evaluation import EvalResult, collect_rollouts
 from sb3_dsrl.policies import LatentPolicy
@@ -22,13 +22,19 @@ class Gate:
 
     :param env: steered env, gym or vectorised
     :param episodes: of either policy
-    :param seed: of the episodes; none that was trained on, nor one of an evaluation
+    :param seed: of the episodes; by default neither those of rollouts with a small seed nor those of an evaluation or of
+        :func:`~sb3_dsrl.steerability`
     :param deterministic: compare the policies' means; otherwise sampled play
+    :raises ValueError: if there is no episode to play, or the env normalises features
     """
 
     def __init__(
-        self, env: gym.Env | VecEnv, episodes: int = 64, *, seed: int = 2_000_000, deterministic: bool = True
+        self, env: gym.Env | VecEnv, episodes: int = 64, *, seed: int = 3_000_000, deterministic: bool = True
     ) -> None:
+        if episodes < 1:
+            raise ValueError(f"episodes must be at least 1, found {episodes}")
+        if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
+            raise ValueError("The gate needs the flow's own features: pass the env below VecNormalize")
         self.env, self.episodes, self.seed, self.deterministic = env, episodes, seed, deterministic
         #: outcome of the policy before and after stage 1
         self.before: EvalResult | None = None

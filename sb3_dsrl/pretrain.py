@@ -146,7 +146,7 @@ def pretrain_latent(
     n_iterations = (500 if executed else 2_000) if n_iterations is None else n_iterations
     beta = (0.3 if executed else 1.0) if beta is None else beta
     kl_coef = (1e-2 if executed else 1e-3) if kl_coef is None else kl_coef
-    checks = [("n_candidates", n_candidates, 2), ("n_iterations", n_iterations, 1)]
+    checks = [("n_candidates", n_candidates, 2), ("n_iterations", n_iterations, 1), ("batch_size", batch_size, 1)]
     if pool_size is not None:
         checks.append(("pool_size", pool_size, n_candidates))
     for name, value, smallest in checks:
@@ -155,6 +155,12 @@ def pretrain_latent(
     for name, temperature in (("beta", beta), ("tau", tau)):
         if temperature <= 0:
             raise ValueError(f"{name} is a temperature and must be positive, found {temperature}")
+    if kl_coef < 0:
+        raise ValueError(f"kl_coef must not be negative, found {kl_coef}")
+    if max_weight <= 0:
+        raise ValueError(f"max_weight must be positive, found {max_weight}")
+    if not 0 <= gae_lambda <= 1:
+        raise ValueError(f"gae_lambda must lie in [0, 1], found {gae_lambda}")
 
     steering, policy = _steering_and_policy(target, policy_kwargs)
     flow = steering.flow

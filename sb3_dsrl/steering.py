@@ -183,3 +183,21 @@ class Steering:
         """
         noise = th.randn(*batch, *self.flow.noise_shape, generator=generator, device=device)
         return noise[..., self.rows, :].expand_as(noise) if self.steer_mode == "shared" else noise
+
+    def choices(self, n_states: int, n_noises: int, generator: th.Generator | None = None) -> th.Tensor:
+        """
+        Noises that RL could choose from in each state: within the bounds, and alike in what is not steered.
+
+        :param n_states: S
+        :param n_noises: M
+        :param generator: None is torch's global one of the CPU
+        :return: (S, M, T, A)
+        """
+        bound = self.action_space.noise_bound
+        noise = self.prior(n_states, n_noises, generator=generator)
+        steered = noise[:, :, self.rows].clamp(-bound, bound)
+        if self.steer_mode == "shared":
+            return steered.expand_as(noise)
+        noise = noise[:, :1].repeat(1, n_noises, 1, 1)
+        noise[:, :, self.rows] = steered
+        return noise

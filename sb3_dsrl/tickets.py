@@ -48,15 +48,15 @@ def find_ticket(
     8 episodes chooses by luck.)
 
     :param env: steered env, gym or vectorised
-    :param rounds: (noises, episodes of each) of every round, fewer noises from one to the next
+    :param rounds: (noises, episodes of each) of every round, no more noises from one to the next
     :param include_zero: the first noise is w = 0, the prior's mode, instead of a drawn one
     :param seed: of the noises and of the episodes
     :param progress_bar: show a progress bar
-    :raises ValueError: if a round has more noises than the one before, or there is none
+    :raises ValueError: if a round has more noises than the one before, or there is none, or the env reports no success
     """
     counts = [n for n, _ in rounds]
     if not counts or min(counts) < 1 or counts != sorted(counts, reverse=True) or min(e for _, e in rounds) < 1:
-        raise ValueError(f"rounds must be (noises, episodes) with fewer noises from one to the next, found {rounds}")
+        raise ValueError(f"rounds must be (noises, episodes) with no more noises from one to the next, found {rounds}")
     venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
     space = venv.action_space
     shape: tuple[int, ...] = space.shape  # type: ignore[assignment]
@@ -66,7 +66,7 @@ def find_ticket(
         noises[0] = 0.0
     success: list[list[float]] = [[] for _ in noises]
     returns: list[list[float]] = [[] for _ in noises]
-    env_steps, first_round = 0, np.zeros(len(noises))
+    env_steps, first_seed, first_round = 0, seed, np.zeros(len(noises))
     order = np.arange(len(noises))
     with tqdm(total=sum(n * episodes for n, episodes in rounds), desc="golden ticket", disable=not progress_bar) as bar:
         for number, (n, episodes) in enumerate(rounds):
@@ -75,14 +75,17 @@ def find_ticket(
                 # one episode in each env, each with its own noise
                 players = queue[start : start + venv.num_envs]
                 padded = np.resize(players, venv.num_envs)
-                for step in play(noises[padded], venv, len(players), seed=seed + 1_000 * number + start):
+                for step in play(noises[padded], venv, len(players), seed=first_seed + start):
                     env_steps += sum(info["chunk_length"] for info in step.infos)
                     for i in np.flatnonzero(step.counts & step.dones):
+                        if "success_at_end" not in step.infos[i]:
+                            raise ValueError("The env's info holds no 'success_at_end' at the end of an episode")
                         success[padded[i]].append(float(step.infos[i]["success_at_end"]))
                         returns[padded[i]].append(step.infos[i]["episode_return"])
                 bar.update(len(players))
             scores = [(np.mean(s), np.mean(r)) for s, r in zip(success, returns, strict=True)]
             order = np.array(sorted(order[:n], key=lambda j: scores[j], reverse=True))
+            first_seed += max(1_000, len(queue))  # every round plays other episodes
             if number == 0:
                 first_round = np.sort([score[0] for score in scores])[::-1]
     best = order[0]

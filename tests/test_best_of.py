@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_dsrl import ActionChunkWrapper, BestOfM, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, evaluate
 from tests.envs import FORMS, scripted, tiny_flow
-from tests.toys import BanditEnv, KnownCritic, linear_flow
+from tests.toys import BanditEnv, KnownCritic, linear_flow, mean_flow
 
 TARGET = np.array([0.5, -0.3])
 
@@ -46,6 +46,14 @@ def test_more_candidates_are_better_and_a_wrong_critic_is_worse() -> None:
     )
     assert worst4 < prior - 0.2 and prior + 0.2 < best4 < best32 < 0 and best32 > -0.1
     assert evaluate(BestOfM(env, right, 4), env, 60).mean_return == best4  # the seed decides
+
+
+def test_noise_that_is_not_steered_does_not_choose() -> None:
+    """The mean of 4 rows is scored, one of them is steered: the best of 16 is the largest of it, 1.77 on average."""
+    env = DummyVecEnv([lambda: ActionChunkWrapper(BanditEnv(TARGET), 1)])
+    env = VecLatentSteering(env, mean_flow(), steer_mode="act_horizon")
+    w, _ = BestOfM(env, KnownCritic(lambda cond, chunk: chunk[..., 0, 0])).predict(np.zeros((300, 2), np.float32))
+    assert w[:, 0, 0].mean() == pytest.approx(1.75, abs=0.15)  # a little less: actions are clipped
 
 
 @pytest.mark.parametrize("form", FORMS)

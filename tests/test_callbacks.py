@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_dsrl import SuccessEvalCallback, evaluate, ppo_kwargs
 from tests.envs import scripted, tiny_flow, vec_steered
@@ -35,6 +36,16 @@ def test_learning_curve(tmp_path: Path, stochastic: bool) -> None:
     latest = PPO.load(tmp_path / "latest.zip", env=eval_env)
     for ours, theirs in zip(latest.policy.parameters(), model.policy.parameters(), strict=True):
         assert th.equal(ours, theirs)
+
+
+def test_evaluation_uses_the_statistics_of_training() -> None:
+    env, eval_env = VecNormalize(steered()), VecNormalize(steered(), training=False, norm_reward=False)
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, n_steps=8, batch_size=8, n_epochs=1, seed=0))
+    model.learn(16, SuccessEvalCallback(eval_env, n_eval_episodes=2))
+    assert env.obs_rms.count > 16
+    np.testing.assert_array_equal(eval_env.obs_rms.mean, env.obs_rms.mean)
+    with pytest.raises(ValueError, match="The training env is wrapped in VecNormalize, eval_env is not"):
+        model.learn(16, SuccessEvalCallback(steered(), n_eval_episodes=2))
 
 
 def test_best_model_is_the_first_of_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

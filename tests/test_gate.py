@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_dsrl import ActionChunkWrapper, Gate, Rollouts, VecLatentSteering, collect_rollouts, ppo_kwargs, pretrain_latent
 from tests.toys import BanditEnv, linear_flow
@@ -43,6 +43,14 @@ def test_what_helps_stays(env: VecEnv) -> None:
     assert gate.before.success_at_end == 0.0 < gate.after.success_at_end  # the target is 0.72 away from the start
     assert gate.env_steps == 2 * 20
     assert np.linalg.norm(mean_noise(model) - TARGET) < 0.5
+
+
+def test_refusals(env: VecEnv) -> None:
+    """Before anything is trained, not after it."""
+    with pytest.raises(ValueError, match="episodes must be at least 1, found 0"):
+        Gate(env, 0)
+    with pytest.raises(ValueError, match="pass the env below VecNormalize"):
+        Gate(VecNormalize(env))
 
 
 def test_what_harms_is_dropped(env: VecEnv) -> None:

@@ -561,6 +561,10 @@ def flow_without_critic() -> FlowPolicy:
             r"beta is a temperature and must be positive, found 0.0",
         ),
         (bandit_flow, dict(demos=bandit_demos(), n_iterations=0), ValueError, r"n_iterations must be at least 1, found 0"),
+        (bandit_flow, dict(demos=bandit_demos(), batch_size=0), ValueError, r"batch_size must be at least 1, found 0"),
+        (bandit_flow, dict(demos=bandit_demos(), kl_coef=-1.0), ValueError, r"kl_coef must not be negative, found -1.0"),
+        (bandit_flow, dict(demos=bandit_demos(), max_weight=0.0), ValueError, r"max_weight must be positive, found 0.0"),
+        (bandit_flow, dict(demos=bandit_demos(), gae_lambda=2.0), ValueError, r"gae_lambda must lie in \[0, 1\], found 2.0"),
         (
             bandit_flow,
             dict(demos=bandit_demos()),

@@ -59,7 +59,22 @@ def test_gym_form_and_control() -> None:
     assert evaluate(ticket.w, env, 3).mean_return == pytest.approx(ticket.mean_return, abs=1e-5)
 
 
+def test_every_round_plays_other_episodes() -> None:
+    env, seeds = steered(4), []
+    seed = env.seed
+    env.seed = lambda value: seeds.extend(range(value, value + 4)) or seed(value)  # type: ignore[method-assign]
+    find_ticket(env, rounds=((300, 4), (30, 4)))
+    assert len(set(seeds)) == len(seeds) == 1_320
+
+
+def test_env_without_success() -> None:
+    silent = BanditEnv(TARGET)
+    silent.step = lambda action: (np.zeros(2, np.float32), 0.0, True, False, {})  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="holds no 'success_at_end' at the end of an episode"):
+        find_ticket(LatentSteeringWrapper(silent, linear_flow()))
+
+
 @pytest.mark.parametrize("rounds", [(), ((4, 2), (8, 2)), ((4, 0),), ((0, 3),)])
 def test_refusals(rounds: tuple[tuple[int, int], ...]) -> None:
-    with pytest.raises(ValueError, match=r"rounds must be \(noises, episodes\) with fewer noises"):
+    with pytest.raises(ValueError, match=r"rounds must be \(noises, episodes\) with no more noises"):
         find_ticket(steered(2), rounds=rounds)

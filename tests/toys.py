@@ -24,6 +24,18 @@ class LinearVelocity(VelocityNet):
         return self.a * x + self.b
 
 
+class MeanVelocity(LinearVelocity):
+    """Decodes noise to its mean over all rows, in one step."""
+
+    def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:
+        return x.mean(dim=1, keepdim=True) - x
+
+
+def mean_flow() -> FlowPolicy:
+    """A frozen flow of 4 rows of noise, the mean of which is its action. T = 4, H = 1."""
+    return FlowPolicy(StateEncoder(2, 1), MeanVelocity(2, 4, 2), act_horizon=1, num_steps=1).freeze()
+
+
 def linear_flow(
     obs_dim: int = 2, action_dim: int = 2, horizon: int = 1, a: float = 0.0, b: float = 0.0, n_heads: int = 2, **kwargs: Any
 ) -> FlowPolicy:

@@ -3,7 +3,8 @@
     python examples/compare_baselines.py --env_ids PushCube-v1 --methods prior ticket stage1_stage2 sac_dense --seeds 0 1 2
 
 Each run is a file, runs/compare/<env_id>/<method>/<seed>.json. Finished runs are skipped, so the command can be stopped and
-given again, with more seeds or methods, too. results.csv, report.md and the plots are made anew each time from all of them.
+given again, with more seeds or methods, too; with another budget or other evaluations it needs a folder of its own.
+results.csv, report.md and the plots are made anew each time from all of them.
 """
 
 import json
@@ -21,14 +22,16 @@ from typing import Any
 import numpy as np
 import torch as th
 from common import EVAL_SEED, cli
-from compare_methods import ALL, GAMMA, METHODS, TASKS, Task, Trial
+from compare_methods import ALL, GAMMA, METHODS, NO_SEED, TASKS, Task, Trial
 from compare_report import write_report
 from stable_baselines3.common.utils import set_random_seed
 from tqdm import tqdm
 
 from sb3_dsrl import FlowPolicy, VelocityMLP, demo_transitions, evaluate, load_demos, train_critic, train_flow
+from sb3_dsrl.checkpoint import atomic_file
 
 EXAMPLES = Path(__file__).parent
+SETTINGS = ("budget", "num_envs", "num_eval_episodes")  # that all runs of a folder share
 
 
 @dataclass(kw_only=True)
@@ -52,7 +55,25 @@ class Args:
     output: Path = Path("runs/compare")
     """Folder of runs and report."""
     smoke: bool = False
-    """Every method for a few env steps, to see that it runs; the figures mean nothing."""
+    """Every method for a few env steps, to see that it runs, in a folder of its own; the figures mean nothing."""
+
+
+def check_settings(args: Args) -> None:
+    """
+    Runs of one folder share budget, envs and evaluations.
+
+    :raises ValueError: if the folder's runs have others
+    """
+    path = args.output / "settings.json"
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if path.is_file():
+        for name, found in json.loads(path.read_text()).items():
+            if found != settings[name]:
+                raise ValueError(
+                    f"--{name} is {settings[name]}, but {args.output} holds runs with {found}: expected the same, or another "
+                    f"--output"
+                )
+    write_json(path, settings)
 
 
 def prepare(task: Task, output: Path, smoke: bool) -> None:
@@ -149,9 +170,8 @@ def modes(player: Any) -> tuple[bool, ...]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file that is either complete or not there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def main(args: Args) -> None:
@@ -161,21 +181,34 @@ def main(args: Args) -> None:
             raise ValueError(f"--{name}: {', '.join(sorted(unknown))} is unknown; expected some of {', '.join(known)}")
     if args.smoke:
         args = replace(args, env_ids=args.env_ids[:1], seeds=args.seeds[:1])
-        args = replace(args, budget=64, num_envs=1, num_eval_episodes=1)
+        args = replace(args, budget=128, num_envs=1, num_eval_episodes=1, output=args.output / "smoke")
+    check_settings(args)
     for env_id in args.env_ids:
         prepare(TASKS[env_id], args.output, args.smoke)
     # seed by seed, so that an interrupted comparison is one of fewer seeds
-    runs = [(env_id, method, seed) for seed in args.seeds for env_id in args.env_ids for method in args.methods]
+    runs = [
+        (env_id, method, seed)
+        for seed in args.seeds
+        for env_id in args.env_ids
+        for method in args.methods
+        if method not in NO_SEED or seed == args.seeds[0]
+    ]
     missing = [run for run in runs if not run_path(args.output, *run).is_file()]
     failed = 0
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         futures = {pool.submit(run, args, *key): key for key in missing}
         bar = tqdm(as_completed(futures), total=len(futures), desc="runs", disable=not futures)
-        for future in bar:
-            error = future.exception()
-            if error is not None:
-                failed += 1
-                bar.write(f"{' '.join(map(str, futures[future]))} failed: {type(error).__name__}: {error}")
+        try:
+            for future in bar:
+                error = future.exception()
+                if error is not None:
+                    failed += 1
+                    bar.write(f"{' '.join(map(str, futures[future]))} failed: {type(error).__name__}: {error}")
+        except KeyboardInterrupt:  # left alone the pool would start every run that waits
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print(write_report(args.output))
     if failed:
         raise ValueError(f"{failed} of {len(runs)} runs failed, see above; the same command tries them again")

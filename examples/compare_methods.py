@@ -144,15 +144,24 @@ class Trial:
         return self.env
 
     def learn(self, model: BaseAlgorithm, act_horizon: int) -> BaseAlgorithm:
-        """Spends what is left of the budget, in whole rollouts."""
-        left = max(0, self.budget - self.env_steps)
+        """
+        Spends what is left of the budget, in whole rollouts.
+
+        :raises ValueError: if that is not one rollout
+        """
+        left = self.budget - self.env_steps
         macro_steps = left // act_horizon
-        if isinstance(model, PPO):
-            macro_steps -= macro_steps % (model.n_steps * model.n_envs)
+        rollout = model.n_steps * model.n_envs if isinstance(model, PPO) else 1
+        macro_steps -= macro_steps % rollout
+        if macro_steps < 1:
+            raise ValueError(
+                f"--budget is {self.budget} env steps, but {self.env_steps} are spent before SB3 learns and one rollout takes "
+                f"{rollout * act_horizon} more"
+            )
         freq = max(1, left // self.eval_points)
         curve = SuccessEvalCallback(self.eval_env, freq, self.eval_point_episodes, env_steps=self.env_steps)
         start = time.time()
-        model.learn(max(1, macro_steps), curve)
+        model.learn(macro_steps, curve)
         self.measuring_seconds += time.time() - start - (curve.env_steps - self.env_steps) / curve.env_steps_per_second
         self.env_steps = curve.env_steps
         self.curve = [
@@ -290,7 +299,10 @@ def scratch_ppo(trial: Trial, chunks: bool, sparse: bool) -> Player:
 
 
 def scratch_sac(trial: Trial, sparse: bool, demos: bool = False) -> Player:
-    """SAC without a flow; with demos like RLPD (https://arxiv.org/abs/2302.02948): half of each batch comes from them."""
+    """
+    SAC without a flow; or half of each batch comes from demos, as in RLPD (https://arxiv.org/abs/2302.02948), of which the
+    large ensemble, the layer norm and the many updates a step are not in stock SB3.
+    """
     gamma = GAMMA if sparse else 0.8
     env = trial.raw(1, sparse, gamma)
     buffer: dict[str, Any] = {}
@@ -363,9 +375,12 @@ METHODS: dict[str, tuple[str, Method]] = {
     "ppo_chunks_sparse": ("PPO from scratch on chunks, sparse", partial(scratch_ppo, chunks=True, sparse=True)),
     "sac_dense": ("SAC from scratch, dense", partial(scratch_sac, sparse=False)),
     "sac_sparse": ("SAC from scratch, sparse", partial(scratch_sac, sparse=True)),
-    "rlpd_dense": ("SAC with demos (RLPD-like), dense", partial(scratch_sac, sparse=False, demos=True)),
-    "rlpd_sparse": ("SAC with demos (RLPD-like), sparse", partial(scratch_sac, sparse=True, demos=True)),
+    "rlpd_dense": ("SAC, half of each batch demos, dense", partial(scratch_sac, sparse=False, demos=True)),
+    "rlpd_sparse": ("SAC, half of each batch demos, sparse", partial(scratch_sac, sparse=True, demos=True)),
 }
+
+#: deterministic, so that another seed would count the same episodes again
+NO_SEED = ("zero",)
 
 _recipe = partial(latent_ppo, ticket=False, stage2=False)
 #: other recipes of stage 1, the same way; all but the first use as many rollouts as "stage1"

@@ -2,7 +2,14 @@
 
 import importlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     done = run_script("compare_baselines.py", "--smoke", "--jobs", 1, "--output", folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-    return folder
+    assert [path.name for path in folder.iterdir()] == ["smoke"]  # where no real comparison finds it
+    return folder / "smoke"
 
 
 def test_every_method_runs(folder: Path) -> None:
@@ -34,8 +42,8 @@ def test_every_method_runs(folder: Path) -> None:
     stage1 = spent[["ticket", "stage1", "ticket_stage1", "shared_stage1"]]
     assert stage1.tolist() == [3 * 8, 2 * 8, (3 + 2) * 8, 2 * 8]
     learned = spent.drop(["prior", "zero", "narrow", "best_of_m", *stage1.index])
-    assert (learned > 64 - 8 * 4).all()  # the budget, in whole rollouts of 8 chunks
-    assert spent["stage2"] == spent["shared_stage2"] == 64
+    assert (learned > 128 - 8 * 4).all()  # the budget, in whole rollouts of 8 chunks
+    assert spent["stage2"] == spent["shared_stage2"] == 128
 
 
 def test_report(folder: Path) -> None:
@@ -59,8 +67,8 @@ def test_the_report_states_the_env_steps_to_the_target(folder: Path, monkeypatch
     content["curve"] = [dict(env_steps=steps, success_once=1.0, success_at_end=success) for steps, success in curve]
     path.write_text(json.dumps(content))
     monkeypatch.syspath_prepend(EXAMPLES)
-    text = importlib.import_module("compare_report").write_report(folder).partition("env steps to 0.8")[2]
-    assert re.search(r"\| stage 2 +\| 2,000 +\|", text)
+    text = importlib.import_module("compare_report").write_report(folder).partition("Env steps after which")[2]
+    assert re.search(r"\| stage 2 +\| 2,000 +\| 0 +\|", text)  # at the end, once
 
 
 def test_finished_runs_are_skipped(folder: Path) -> None:
@@ -68,13 +76,20 @@ def test_finished_runs_are_skipped(folder: Path) -> None:
     content = json.loads(path.read_text())
     content["rows"][0]["success_at_end"] = 0.625
     path.write_text(json.dumps(content))
-    done = run_script("compare_baselines.py", "--smoke", "--methods", "zero", "--output", folder, cwd=folder)
+    done = run_script("compare_baselines.py", "--smoke", "--methods", "zero", "--output", folder.parent, cwd=folder)
     assert done.returncode == 0 and "0.62" in done.stdout  # taken from the file, not run again
+
+
+def test_other_settings_need_another_folder(folder: Path) -> None:
+    done = run_script("compare_baselines.py", "--budget", 64, "--output", folder, cwd=folder)
+    assert done.returncode == 2 and f"--budget is 64, but {folder} holds runs with 128: expected the same" in done.stderr
 
 
 def test_recipes_of_stage_1(folder: Path) -> None:
     names = ("candidates_demos", "two_rounds", "learned_std")
-    done = run_script("compare_baselines.py", "--smoke", "--jobs", 1, "--methods", *names, "--output", folder, cwd=folder)
+    done = run_script(
+        "compare_baselines.py", "--smoke", "--jobs", 1, "--methods", *names, "--output", folder.parent, cwd=folder
+    )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     recipes = (folder / "report.md").read_text().partition("Recipes of stage 1")[2]
     assert "| stage 1: candidates, critic of the demos | 1 " in recipes and "| stage 1: two rounds" in recipes
@@ -86,3 +101,39 @@ def test_recipes_of_stage_1(folder: Path) -> None:
 def test_unknown_names(folder: Path, flag: str, value: str) -> None:
     done = run_script("compare_baselines.py", flag, value, "--output", folder, cwd=folder)
     assert done.returncode == 2 and f"{flag}: {value} is unknown; expected some of" in done.stderr
+
+
+def test_ctrl_c_ends_it_at_once(folder: Path) -> None:
+    """The runs that wait are not started any more, and nothing is half-written."""
+    script = [sys.executable, EXAMPLES / "compare_baselines.py", "--smoke", "--seeds", "1", "--output", folder.parent]
+    process = subprocess.Popen([*map(str, script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        until(lambda: bool(list(folder.glob("*/*/1.json"))))
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and "stopped at once" in errors
+    until(lambda: not alive(process.pid))
+    finished = list(folder.glob("*/*/1.json"))
+    assert 1 <= len(finished) < 24 and all(json.loads(path.read_text())["rows"] for path in finished)
+    assert not list(folder.glob("**/*.partial"))
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    """Waits for a condition."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.2)
+
+
+def alive(group: int) -> bool:
+    """Whether a process group has a process that has not ended."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, found = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(found) == group and state != "Z":
+                return True
+    return False

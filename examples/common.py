@@ -46,10 +46,6 @@ class RunArgs:
     """Seed of everything."""
     sim_backend: Literal["auto", "physx_cpu", "physx_cuda"] = "auto"
     """Simulator."""
-    num_eval_envs: int = 8
-    """Simulated envs of evaluations."""
-    num_eval_episodes: int = 100
-    """Episodes of each final evaluation."""
     max_episode_steps: int | None = None
     """Time limit in env steps; the registered one if not given."""
     reward_mode: str = "normalized_dense"
@@ -57,8 +53,6 @@ class RunArgs:
     ignore_terminations: bool | None = None
     """Go on after success until the time limit. If not given: yes, except with a sparse reward. (A dense reward that ends at
     success pays for stalling.)"""
-    capture_video: bool = False
-    """Film two episodes of each evaluated policy."""
     track: bool = False
     """Log to Weights & Biases as well (extra: wandb)."""
     wandb_project_name: str = "sb3_dsrl"
@@ -78,7 +72,19 @@ class RunArgs:
 
 
 @dataclass(kw_only=True)
-class TrainingArgs(RunArgs):
+class EvalArgs:
+    """Flags of every script that evaluates."""
+
+    num_eval_envs: int = 8
+    """Simulated envs of evaluations."""
+    num_eval_episodes: int = 100
+    """Episodes of each final evaluation."""
+    capture_video: bool = False
+    """Film two episodes of each evaluated policy."""
+
+
+@dataclass(kw_only=True)
+class TrainingArgs(RunArgs, EvalArgs):
     """Flags of every script that trains."""
 
     resume: bool = False
@@ -240,6 +246,7 @@ class Run:
         self, name: str, player: Player, env: VecLatentSteering, flow: FlowPolicy, deterministic: bool = True
     ) -> None:
         """Adds a row to the report; the same episodes for every player."""
+        assert isinstance(self.args, EvalArgs)
         result = evaluate(
             player,
             env,

@@ -7,14 +7,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import FlowArgs, Run, cli, load_flow, load_model, make_env
+from common import EvalArgs, FlowArgs, Run, cli, load_flow, load_model, make_env
 
 from sb3_dsrl import LatentPolicy
 from sb3_dsrl.evaluation import Player
 
 
 @dataclass(kw_only=True)
-class Args(FlowArgs):
+class Args(FlowArgs, EvalArgs):
     """Evaluation."""
 
     stage1_checkpoint: Path | None = None

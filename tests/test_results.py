@@ -45,9 +45,9 @@ def test_steerability_ranks_flows() -> None:
     assert (gain == rows.gain).all()
     best = rows["best control"].str.split(", ").str[1].astype(float)
     for sentence, score, outcome in (
-        (r"rank correlation ([\d.-]+) over \d+ flows", rows.potential, gain),
-        (r"the gain of the best control alone ranks them with ([\d.-]+)", best - rows.base, gain),
-        (r"beyond the best control[^.]*? with ([\d.-]+[0-9])", rows.potential, rows["stage 2, test"] - best),
+        (r"rank correlation (-?\d\.\d\d) over \d+ flows", rows.potential, gain),
+        (r"the gain of the best control alone ranks them with (-?\d\.\d\d)", best - rows.base, gain),
+        (r"beyond the best control[^.]*? with (-?\d\.\d\d)", rows.potential, rows["stage 2, test"] - best),
     ):
         stated = re.search(sentence, README)
         assert stated is not None, sentence

@@ -75,7 +75,7 @@ class SteerabilityReport:
         failed one; None without a critic, or if all base episodes ended alike
     :param auc_episode: the same with the mean score over the episode. It is easier: the critic also sees how far a state is.
     :param tries: success_at_end of several plays from the same starts, (starts, plays); the first play is a base episode.
-        The starts are the same as :func:`~sb3_dsrl.evaluate` says.
+        The starts are the same as far as :func:`~sb3_dsrl.evaluation.play` says.
     :param rollouts: the base episodes, which stage 1 can learn from
     :param env_steps: env steps that the simulator executed for all of this
     """

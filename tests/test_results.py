@@ -41,6 +41,7 @@ def test_steerability_ranks_flows() -> None:
     reports = [json.loads(path.read_text()) for path in (RESULTS / "steerability").glob("*.json")]
     assert sorted(rows.potential) == sorted(round(report["potential"], 2) for report in reports)
     assert sorted(rows.base) == sorted(report["rows"][0]["success_at_end"] for report in reports)
+    assert f" over {len(rows)} flows" in README
     gain = (rows["stage 2, test"] - rows["base, test"]).round(2)
     assert (gain == rows.gain).all()
     best = rows["best control"].str.split(", ").str[1].astype(float)

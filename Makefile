@@ -11,7 +11,7 @@ help:
 	@echo "make test            run the tests"
 	@echo "make faults          break everything that can break, and print what comes of it"
 	@echo "make soak [MINUTES=30] kill workers at random during stage 2"
-	@echo "make check           lint, formatting, types"
+	@echo "make check           lint, formatting, types, the order of the rooms"
 	@echo "make format          format the code and fix what ruff can fix"
 	@echo "make setup           create .venv and install everything (the targets above do it themselves)"
 	@echo "make clean           remove caches and build outputs"
@@ -38,6 +38,7 @@ check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-cache
 
 format: setup
 	$(PY) -m ruff check --fix .

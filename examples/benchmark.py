@@ -44,10 +44,10 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
-from sb3_dsrl.batched import BatchedChunkEnv
-from sb3_dsrl.candidates import candidate_weights
-from sb3_dsrl.networks import EnsembleChunkCritic, VelocityNet
-from sb3_dsrl.steering import Steering
+from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityNet
+from sb3_dsrl.stage1.candidates import candidate_weights
+from sb3_dsrl.steering.batched import BatchedChunkEnv
+from sb3_dsrl.steering.steering import Steering
 
 A, T, H, N_STEPS, M = 8, 16, 8, 8, 16
 Timed = dict[str, float]
@@ -154,13 +154,13 @@ def bench_decode(args: Args, limit: float) -> list[dict[str, Any]]:
     rows = []
     for cond_dim in (64, 562):
         flow = unet_flow(cond_dim, args.device)
-        flop = unet_flop(flow.velocity)
+        flop = unet_flop(flow.net)
         for batch in args.batches:
             cond, w = th.randn(batch, cond_dim, device=args.device), th.randn(batch, T, A, device=args.device)
             # at large batches the time per sample is flat: half the steps tell the ratio
             steps = N_STEPS if batch <= 256 else 2
             parts: dict[str, Callable[[], Any]] = {
-                "plain": lambda c=cond, w=w, n=steps, f=flow: plain_decode(f.velocity, c, w, n),  # type: ignore[misc]
+                "plain": lambda c=cond, w=w, n=steps, f=flow: plain_decode(f.net, c, w, n),  # type: ignore[misc]
                 "ours": lambda c=cond, w=w, n=steps, f=flow: f.decode(c, w, n),  # type: ignore[misc]
                 "ours, 2 steps": lambda c=cond, w=w, f=flow: f.decode(c, w, 2),  # type: ignore[misc]
             }
@@ -168,7 +168,7 @@ def bench_decode(args: Args, limit: float) -> list[dict[str, Any]]:
                 quick = unet_flow(cond_dim, args.device).accelerate(th.bfloat16, dict(mode="reduce-overhead"))
                 parts["compiled, bf16"] = lambda c=cond, w=w, n=steps, f=quick: f.decode(c, w, n)  # type: ignore[misc]
             timed = side_by_side(parts, args.repeats, args.device)
-            error = (plain_decode(flow.velocity, cond, w, steps) - flow.decode(cond, w, steps)).abs().max().item()
+            error = (plain_decode(flow.net, cond, w, steps) - flow.decode(cond, w, steps)).abs().max().item()
             per_step = timed["ours"] / steps
             rows.append(
                 {
@@ -215,7 +215,7 @@ def bench_stage1(args: Args) -> dict[str, float]:
         w = th.randn(batch * M, T, A, device=args.device)
         with th.no_grad():
             repeated = cond.repeat_interleave(M, dim=0)
-            chunk = plain_decode(flow.velocity, repeated, w, N_STEPS)
+            chunk = plain_decode(flow.net, repeated, w, N_STEPS)
             q = plain_ucb(heads, repeated, flow.executed(chunk), 1.0).reshape(batch, M)
         weights, _ = candidate_weights(q)
         log_prob = policy.log_prob(repeated, w).reshape(batch, M)
@@ -240,7 +240,7 @@ def bench_stage1(args: Args) -> dict[str, float]:
     with th.no_grad():
         repeated = cond.repeat_interleave(pool_size, dim=0)
         ours = critic.get_ucb_q(cond, flow.executed(flow.decode(cond, w, 2)), 1.0).flatten()
-        theirs = plain_ucb(heads, repeated, flow.executed(plain_decode(flow.velocity, repeated, w.flatten(0, 1), 2)), 1.0)
+        theirs = plain_ucb(heads, repeated, flow.executed(plain_decode(flow.net, repeated, w.flatten(0, 1), 2)), 1.0)
     error = (ours - theirs).abs().max().item()
     slow = side_by_side(
         {"plain": plain, "fresh, 8 steps": lambda: fresh(8), "fresh, 2 steps": lambda: fresh(2)},
@@ -331,7 +331,7 @@ def bench_images(args: Args, flow: FlowPolicy, act_horizon: int = 8) -> dict[str
 
 def stock_workers(args: Args, flow: FlowPolicy, n_envs: int) -> VecEnv:
     """One stock worker process an env, one message an env step."""
-    multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill"])
+    multiprocessing.set_forkserver_preload(["sb3_dsrl.envs.maniskill"])
     assert flow.control_mode is not None
     control_mode = flow.control_mode
     return SubprocVecEnv([lambda: raw_env(args.env_id, control_mode)] * n_envs, start_method="forkserver")
@@ -564,7 +564,7 @@ def main(args: Args) -> None:
     report |= bench_stage1(args)
     if args.simulate:
         demos = load_demos(args.demo_path)
-        kwargs = dict(velocity_class=VelocityMLP, obs_horizon=2, pred_horizon=4, act_horizon=4, num_steps=4)
+        kwargs = dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=4, act_horizon=4, num_steps=4)
         flow = train_flow(demos, n_iterations=1_000, seed=0, progress_bar=True, **kwargs)  # type: ignore[arg-type]
         train_critic(flow, demo_transitions(flow, demos, ignore_terminations=True), n_iterations=300, progress_bar=True)
         th.set_num_threads(1)  # as in the quickstart: the other cores are for the simulators

@@ -25,11 +25,11 @@ from sb3_dsrl import (
     make_latent_env,
     results_table,
 )
-from sb3_dsrl.checkpoint import atomic_file
-from sb3_dsrl.evaluation import Player
-from sb3_dsrl.integrity import check_zip
-from sb3_dsrl.legacy import load_awsc_checkpoint
-from sb3_dsrl.steering import SteerMode
+from sb3_dsrl.evaluation.play import Actor
+from sb3_dsrl.policies.awsc import load_awsc_checkpoint
+from sb3_dsrl.steering.steering import SteerMode
+from sb3_dsrl.utils.checkpoint import atomic_file
+from sb3_dsrl.utils.integrity import check_zip
 
 EVAL_SEED = 1_000_000  # far from the seeds of demos and training
 
@@ -80,7 +80,7 @@ class EvalArgs:
     num_eval_episodes: int = 100
     """Episodes of each final evaluation."""
     capture_video: bool = False
-    """Film two episodes of each evaluated policy."""
+    """FrameRecorder two episodes of each evaluated policy."""
 
 
 @dataclass(kw_only=True)
@@ -242,13 +242,11 @@ class Run:
         """Folder for TensorBoard."""
         return self.folder / "tensorboard"
 
-    def evaluate(
-        self, name: str, player: Player, env: VecLatentSteering, flow: FlowPolicy, deterministic: bool = True
-    ) -> None:
-        """Adds a row to the report; the same episodes for every player."""
+    def evaluate(self, name: str, actor: Actor, env: VecLatentSteering, flow: FlowPolicy, deterministic: bool = True) -> None:
+        """Adds a row to the report; the same episodes for every actor."""
         assert isinstance(self.args, EvalArgs)
         result = evaluate(
-            player,
+            actor,
             env,
             self.args.num_eval_episodes,
             name=name,
@@ -260,13 +258,13 @@ class Run:
         for key in ("success_once", "success_at_end", "mean_return"):
             self.writer.add_scalar(f"final/{name}/{key}", getattr(result, key), 0)
         if self.args.capture_video:
-            from sb3_dsrl.video import record_video
+            from sb3_dsrl.evaluation.video import record_video
 
             limit = {} if self.args.max_episode_steps is None else dict(max_episode_steps=self.args.max_episode_steps)
             (self.folder / "videos").mkdir(exist_ok=True)
             path = self.folder / "videos" / f"{name}.mp4"
             record_video(
-                path, self.env_id, flow, player, seed=EVAL_SEED, deterministic=deterministic, progress_bar=True, **limit
+                path, self.env_id, flow, actor, seed=EVAL_SEED, deterministic=deterministic, progress_bar=True, **limit
             )
 
     def finish(self, **report: Any) -> None:

@@ -28,7 +28,7 @@ from stable_baselines3.common.utils import set_random_seed
 from tqdm import tqdm
 
 from sb3_dsrl import FlowPolicy, VelocityMLP, demo_transitions, evaluate, load_demos, train_critic, train_flow
-from sb3_dsrl.checkpoint import atomic_file
+from sb3_dsrl.utils.checkpoint import atomic_file
 
 EXAMPLES = Path(__file__).parent
 SETTINGS = ("budget", "num_envs", "num_eval_episodes")  # that all runs of a folder share
@@ -94,7 +94,7 @@ def prepare(task: Task, output: Path, smoke: bool) -> None:
     demos = load_demos(path)
     flow = train_flow(
         demos,
-        velocity_class=VelocityMLP,
+        net_class=VelocityMLP,
         pred_horizon=task.horizon,
         act_horizon=task.horizon,
         num_steps=4,
@@ -133,13 +133,13 @@ def run(args: Args, env_id: str, method: str, seed: int) -> None:
         trial.ticket_rounds, trial.rollout_episodes, trial.stage1_iters = ((2, 1), (1, 1)), 2, 3
     start = time.time()
     try:
-        player = ALL[method][1](trial)
+        actor = ALL[method][1](trial)
         about = dict(method=method, env_id=env_id, seed=seed, env_steps=trial.env_steps)
         seconds = round(time.time() - start - trial.measuring_seconds, 1)
         rows = []
-        for deterministic in modes(player):
+        for deterministic in modes(actor):
             how: dict[str, Any] = dict(seed=EVAL_SEED, noise_seed=seed, deterministic=deterministic)
-            result = evaluate(player, trial.eval_env, args.num_eval_episodes, **how)
+            result = evaluate(actor, trial.eval_env, args.num_eval_episodes, **how)
             success = dict(success_once=result.success_once, success_at_end=result.success_at_end)
             rows.append(about | dict(episodes=result.episodes, **success, deterministic=deterministic, wall_seconds=seconds))
     finally:
@@ -161,11 +161,11 @@ def end_with_parent() -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def modes(player: Any) -> tuple[bool, ...]:
+def modes(actor: Any) -> tuple[bool, ...]:
     """Models play by their mean and sampled, controls have one way to play."""
-    if isinstance(player, np.ndarray) or player == "zero":
+    if isinstance(actor, np.ndarray) or actor == "zero":
         return (True,)
-    return (True, False) if hasattr(player, "policy") else (False,)
+    return (True, False) if hasattr(actor, "policy") else (False,)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

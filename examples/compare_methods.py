@@ -32,9 +32,9 @@ from sb3_dsrl import (
     ppo_kwargs,
     pretrain_latent,
 )
-from sb3_dsrl.best_of import BestOfM
-from sb3_dsrl.evaluation import Player
-from sb3_dsrl.steering import SteerMode
+from sb3_dsrl.evaluation.best_of import BestOfM
+from sb3_dsrl.evaluation.play import Actor
+from sb3_dsrl.steering.steering import SteerMode
 
 GAMMA = 0.99
 CANDIDATE_POOL = 64  # candidates of a state, decoded once: fresh ones for every batch took over half an hour
@@ -180,30 +180,30 @@ class Trial:
             env.close()
 
 
-Method = Callable[[Trial], Player]
+Method = Callable[[Trial], Actor]
 
 
-def control(trial: Trial, player: Player) -> Player:
+def control(trial: Trial, actor: Actor) -> Actor:
     """No learning: the frozen flow under the prior, or under w = 0."""
     trial.steered()
-    return player
+    return actor
 
 
-def narrow(trial: Trial) -> Player:
+def narrow(trial: Trial) -> Actor:
     """No learning: w ~ N(0, 0.5^2)."""
     env = trial.steered()
     model = PPO("LatentPolicy", env, **ppo_kwargs(env, policy_kwargs=dict(log_std_init=math.log(0.5)), seed=trial.seed))
     return model.policy  # sampled; its mean is w = 0
 
 
-def ticket(trial: Trial) -> Player:
+def ticket(trial: Trial) -> Actor:
     """No learning: the best fixed noise, found by successive halving on episodes of its own."""
     found = find_ticket(trial.steered(), rounds=trial.ticket_rounds, seed=trial.seed)
     trial.env_steps = found.env_steps
     return found.w
 
 
-def best_of_m(trial: Trial) -> Player:
+def best_of_m(trial: Trial) -> Actor:
     """No learning: of 16 noises the one that the critic likes best, at every macro-step."""
     env = trial.steered()
     return BestOfM(env)
@@ -238,8 +238,8 @@ def fit_stage1(trial: Trial, model: PPO, base: bool, rounds: int = 1, demos: boo
     :param recipe: arguments of ``pretrain_latent``
     """
     for i in range(rounds):
-        player = trial.flow if base and not i else model
-        rollouts = collect_rollouts(player, trial.env, trial.rollout_episodes // rounds, seed=trial.seed + 1_000 * i)
+        actor = trial.flow if base and not i else model
+        rollouts = collect_rollouts(actor, trial.env, trial.rollout_episodes // rounds, seed=trial.seed + 1_000 * i)
         trial.env_steps += rollouts.env_steps
         path = trial.demo_path if demos else None
         pretrain_latent(model, path, rollouts, **(dict(n_iterations=trial.stage1_iters) | recipe))
@@ -247,7 +247,7 @@ def fit_stage1(trial: Trial, model: PPO, base: bool, rounds: int = 1, demos: boo
 
 def latent_ppo(
     trial: Trial, ticket: bool = True, stage1: bool = True, stage2: bool = True, shared: bool = False, **recipe: Any
-) -> Player:
+) -> Actor:
     """The method: golden ticket, stage 1, stage 2; or parts of it, or another recipe of stage 1."""
     model = latent_model(trial, ticket, shared)
     if stage1:
@@ -255,14 +255,14 @@ def latent_ppo(
     return trial.learn(model, trial.flow.act_horizon) if stage2 else model
 
 
-def demos_only(trial: Trial) -> Player:
+def demos_only(trial: Trial) -> Actor:
     """Stage 1 without a rollout: candidates scored by the critic that learned from the demos."""
     model = latent_model(trial, ticket=False)
     pretrain_latent(model, trial.demo_path, n_iterations=trial.stage1_iters, pool_size=CANDIDATE_POOL)
     return model
 
 
-def latent_off_policy(trial: Trial, algorithm: type[SAC | TQC]) -> Player:
+def latent_off_policy(trial: Trial, algorithm: type[SAC | TQC]) -> Actor:
     """
     Stock SAC or TQC on the steered env. The box of noises is small: SB3's warm-up draws uniformly from it, and from
     [-1, 1] (std 0.58) the flow still decodes what it knows; https://arxiv.org/abs/2506.15799 bounds the noise likewise.
@@ -280,7 +280,7 @@ def latent_off_policy(trial: Trial, algorithm: type[SAC | TQC]) -> Player:
     return trial.learn(model, trial.flow.act_horizon)
 
 
-def scratch_ppo(trial: Trial, chunks: bool, sparse: bool) -> Player:
+def scratch_ppo(trial: Trial, chunks: bool, sparse: bool) -> Actor:
     """PPO without a flow, on raw actions or on chunks of them. gamma 0.8 is ManiSkill's own for dense rewards."""
     horizon = trial.task.horizon if chunks else 1
     gamma = GAMMA if sparse else 0.8
@@ -298,7 +298,7 @@ def scratch_ppo(trial: Trial, chunks: bool, sparse: bool) -> Player:
     return trial.learn(model, horizon)
 
 
-def scratch_sac(trial: Trial, sparse: bool, demos: bool = False) -> Player:
+def scratch_sac(trial: Trial, sparse: bool, demos: bool = False) -> Actor:
     """
     SAC without a flow; or half of each batch comes from demos, as in RLPD (https://arxiv.org/abs/2302.02948), of which the
     large ensemble, the layer norm and the many updates a step are not in stock SB3.
@@ -353,8 +353,8 @@ class HalfDemos(ReplayBuffer):
 
 #: name in tables and file names -> (what it is, the method)
 METHODS: dict[str, tuple[str, Method]] = {
-    "prior": ("frozen flow, w ~ N(0, I)", partial(control, player="prior")),
-    "zero": ("frozen flow, w = 0", partial(control, player="zero")),
+    "prior": ("frozen flow, w ~ N(0, I)", partial(control, actor="prior")),
+    "zero": ("frozen flow, w = 0", partial(control, actor="zero")),
     "narrow": ("frozen flow, w ~ N(0, 0.5^2)", narrow),
     "ticket": ("golden ticket: best fixed noise", ticket),
     "best_of_m": ("best of 16 noises by the critic", best_of_m),

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
-from sb3_dsrl.evaluation import wilson_interval
+from sb3_dsrl.evaluation.results import wilson_interval
 
 INTRODUCTION = """# Comparison
 

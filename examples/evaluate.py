@@ -10,7 +10,7 @@ from pathlib import Path
 from common import EvalArgs, FlowArgs, Run, cli, load_flow, load_model, make_env
 
 from sb3_dsrl import LatentPolicy
-from sb3_dsrl.evaluation import Player
+from sb3_dsrl.evaluation.play import Actor
 
 
 @dataclass(kw_only=True)
@@ -27,17 +27,17 @@ def main(args: Args) -> None:
     """Prints a table: the flow's prior, w = 0, and each policy, deterministic and sampled."""
     flow = load_flow(args)
     env = make_env(args, flow, args.num_eval_envs)
-    players: dict[str, Player] = {}
+    actors: dict[str, Actor] = {}
     if args.stage1_checkpoint is not None:
-        players["stage1"] = LatentPolicy.load(str(args.stage1_checkpoint))
+        actors["stage1"] = LatentPolicy.load(str(args.stage1_checkpoint))
     if args.model is not None:
-        players["stage2"] = load_model(args.model, env)
+        actors["stage2"] = load_model(args.model, env)
     run = Run("evaluate", args, args.env_id or str(flow.env_id))
     for control in ("prior", "zero"):
         run.evaluate(control, control, env, flow)
-    for name, player in players.items():
-        run.evaluate(name, player, env, flow)
-        run.evaluate(f"{name}_stochastic", player, env, flow, deterministic=False)
+    for name, actor in actors.items():
+        run.evaluate(name, actor, env, flow)
+        run.evaluate(f"{name}_stochastic", actor, env, flow, deterministic=False)
     env.close()
     run.finish()
 

@@ -28,7 +28,7 @@ import tyro
 from tqdm import tqdm
 from transforms3d.euler import quat2euler
 
-from sb3_dsrl.integrity import write_sums
+from sb3_dsrl.utils.integrity import write_sums
 
 CONTROL_MODES = ("pd_ee_delta_pose", "pd_joint_delta_pos", "pd_joint_pos")
 ARM_JOINTS = 7  # of the Panda; what follows in an action is the gripper

@@ -33,9 +33,9 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
-from sb3_dsrl.callbacks import SuccessEvalCallback
-from sb3_dsrl.evaluation import Player
-from sb3_dsrl.video import record_video
+from sb3_dsrl.evaluation.play import Actor
+from sb3_dsrl.evaluation.video import record_video
+from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -106,7 +106,7 @@ def main(args: Args) -> None:
     demos = load_demos(args.demo_path)
     flow = train_flow(
         demos,
-        velocity_class=VelocityMLP,
+        net_class=VelocityMLP,
         obs_horizon=2,
         pred_horizon=4,
         act_horizon=4,
@@ -125,9 +125,9 @@ def main(args: Args) -> None:
     eval_env = make_latent_env(args.env_id, flow, n_envs=args.n_envs)
     rows: dict[str, EvalResult] = {}
 
-    def add_row(name: str, player: PPO | str, deterministic: bool = True) -> None:
+    def add_row(name: str, actor: PPO | str, deterministic: bool = True) -> None:
         rows[name] = evaluate(
-            player,
+            actor,
             eval_env,
             args.num_eval_episodes,
             name=name,
@@ -182,9 +182,9 @@ def main(args: Args) -> None:
     }
     (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(args.output / "report.png", args, curve, rows)
-    players: dict[str, Player] = {"before.mp4": "prior", "after.mp4": model}
-    for name, player in players.items() if args.video_episodes else ():
-        record_video(args.output / name, args.env_id, flow, player, args.video_episodes, seed=EVAL_SEED, progress_bar=True)
+    actors: dict[str, Actor] = {"before.mp4": "prior", "after.mp4": model}
+    for name, actor in actors.items() if args.video_episodes else ():
+        record_video(args.output / name, args.env_id, flow, actor, args.video_episodes, seed=EVAL_SEED, progress_bar=True)
 
     print(f"\n{args.env_id}, seed {args.seed}: {report['env_steps']:,} env steps, {time.time() - start:.0f} s in all\n")
     print(results_table(list(rows.values())))

@@ -31,8 +31,8 @@ import tyro
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_dsrl import ActionChunkWrapper, FlowPolicy, NoisePolicy, VecLatentSteering, VelocityMLP, ppo_kwargs, train_flow
-from sb3_dsrl.workers import WorkerVecEnv
+from sb3_dsrl import ActionChunkWrapper, FlowPolicy, SteerablePolicy, VecLatentSteering, VelocityMLP, ppo_kwargs, train_flow
+from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 
 DEMOS = Path(__file__).parent / "demos" / "PushCube-v1.h5"
 WARM_UP = 0.1  # part of the time in which memory may still grow
@@ -184,15 +184,15 @@ def _rss(process: psutil.Process) -> float:
 
 
 @contextmanager
-def killer(ledger: Ledger, report: Report, kill_every: float) -> Iterator[None]:
+def killer(recorder: Ledger, report: Report, kill_every: float) -> Iterator[None]:
     """Kills a worker now and then, at any moment of its work, from a thread."""
     over, rng = threading.Event(), random.Random()
 
     def run() -> None:
         while not over.wait(kill_every * rng.uniform(0.5, 1.5)):
-            if ledger.processes:
-                victim = rng.choice(ledger.processes)
-                ledger.processes.remove(victim)  # until it has been started again
+            if recorder.processes:
+                victim = rng.choice(recorder.processes)
+                recorder.processes.remove(victim)  # until it has been started again
                 try:
                     if victim.status() != psutil.STATUS_ZOMBIE:
                         victim.kill()
@@ -212,7 +212,13 @@ def killer(ledger: Ledger, report: Report, kill_every: float) -> Iterator[None]:
 
 
 def soak(
-    make: Callable[[], gym.Env], flow: NoisePolicy, seconds: float, kill_every: float, workers: int, seed: int = 0, **ppo: Any
+    make: Callable[[], gym.Env],
+    flow: SteerablePolicy,
+    seconds: float,
+    kill_every: float,
+    workers: int,
+    seed: int = 0,
+    **ppo: Any,
 ) -> Report:
     """
     :param make: makes an env
@@ -228,40 +234,40 @@ def soak(
         return Tagged(ActionChunkWrapper(make(), flow.act_horizon, flow.obs_horizon, flow.gamma, ignore_terminations=True))
 
     report = Report()
-    ledger = Ledger(report, seconds)
+    recorder = Ledger(report, seconds)
     venv = WorkerVecEnv([chunked] * workers, workers, on_failure="restart", timeout=120.0)
     env = VecLatentSteering(venv, flow)
     env.seed(seed)
     model = PPO("LatentPolicy", env, **ppo_kwargs(env, seed=seed, **ppo))
-    with killer(ledger, report, kill_every), warnings.catch_warnings():
+    with killer(recorder, report, kill_every), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s)Worker .*started again")
         try:
-            model.learn(10**9, ledger)
+            model.learn(10**9, recorder)
         except Exception as error:
             report.errors.append(f"{type(error).__name__}: {error}")
     if not report.errors:  # a worker that was killed after the last step is found to be dead now
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _, _, dones, infos = env.step(np.zeros((workers, *flow.noise_shape), np.float32))
-        ledger.locals = dict(infos=infos, dones=dones)
-        ledger.on_step()
-    ledger.close()
+        recorder.locals = dict(infos=infos, dones=dones)
+        recorder.on_step()
+    recorder.close()
     env.close()
-    report.processes_left = len(psutil.wait_procs(ledger.processes, timeout=10)[1])
+    report.processes_left = len(psutil.wait_procs(recorder.processes, timeout=10)[1])
     report.judge()
     return report
 
 
 def main(args: Args) -> Report:
     """Trains a flow if none is given, then soaks."""
-    from sb3_dsrl.maniskill import maniskill_kwargs
+    from sb3_dsrl.envs.maniskill import maniskill_kwargs
 
     th.set_num_threads(1)
     th.manual_seed(args.seed)
     if args.flow is not None:
         flow = FlowPolicy.from_pretrained(args.flow)
     else:
-        sizes: dict[str, Any] = dict(velocity_class=VelocityMLP, pred_horizon=4, act_horizon=4, num_steps=2)
+        sizes: dict[str, Any] = dict(net_class=VelocityMLP, pred_horizon=4, act_horizon=4, num_steps=2)
         flow = train_flow(DEMOS, n_iterations=200, **sizes)  # what it can do does not matter here
     kwargs = maniskill_kwargs(args.env_id, flow.obs_mode, control_mode=flow.control_mode, reward_mode="normalized_dense")
     env_id = f"mani_skill.envs:{args.env_id}"  # a worker must import ManiSkill, too

@@ -70,13 +70,13 @@ def main(args: Args) -> None:
     checkpoint = run.checkpoint()
     policy_class: type[FlowPolicy] = FlowPolicy
     if args.policy == "diffusion":
-        from sb3_dsrl.diffusion import DiffusionPolicy
+        from sb3_dsrl.policies.diffusion import DiffusionPolicy
 
         policy_class = DiffusionPolicy
     flow = train_flow(
         demos,
         policy_class=policy_class,
-        velocity_class=VelocityUNet if args.network == "unet" else VelocityMLP,
+        net_class=VelocityUNet if args.network == "unet" else VelocityMLP,
         obs_horizon=args.obs_horizon or (1 if demos.image_shapes else 2),
         pred_horizon=args.pred_horizon,
         act_horizon=args.act_horizon,

@@ -73,11 +73,11 @@ def main(args: Args) -> None:
     if args.weighting != "none":
         rollouts = None
         if args.rollout_episodes:
-            player = model if args.ticket else flow
+            actor = model if args.ticket else flow
             rollouts = checkpoint.once(
                 "rollouts",
                 Rollouts,
-                lambda: collect_rollouts(player, env, args.rollout_episodes, seed=args.seed, progress_bar=True),
+                lambda: collect_rollouts(actor, env, args.rollout_episodes, seed=args.seed, progress_bar=True),
             )
             env_steps += rollouts.env_steps
         gate = Gate(env, args.gate_episodes) if args.gate_episodes else None

@@ -17,7 +17,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_dsrl import LatentPolicy, ResumeCallback, SuccessEvalCallback, ppo_kwargs, resume
-from sb3_dsrl.checkpoint import atomic_file
+from sb3_dsrl.utils.checkpoint import atomic_file
 
 
 @dataclass(kw_only=True)

@@ -5,30 +5,37 @@ from typing import TYPE_CHECKING, Any
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
-from sb3_dsrl.best_of import BestOfM
-from sb3_dsrl.callbacks import SuccessEvalCallback
-from sb3_dsrl.checkpoint import TrainingCheckpoint
-from sb3_dsrl.defaults import ppo_kwargs
-from sb3_dsrl.demos import load_demos
-from sb3_dsrl.encoders import ImageEncoder, StateEncoder
-from sb3_dsrl.evaluation import EvalResult, Rollouts, collect_rollouts, evaluate, results_table
-from sb3_dsrl.features import demo_transitions
-from sb3_dsrl.flow import FlowPolicy
-from sb3_dsrl.gate import Gate
-from sb3_dsrl.legacy import load_awsc_checkpoint
-from sb3_dsrl.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
-from sb3_dsrl.noise_policy import NoisePolicy
-from sb3_dsrl.offline import train_critic, train_flow
-from sb3_dsrl.policies import LatentPolicy
-from sb3_dsrl.pretrain import aw_mle_loss, pretrain_latent
-from sb3_dsrl.resuming import ResumeCallback, resume
-from sb3_dsrl.steerability import SteerabilityReport, steerability
-from sb3_dsrl.steering import NoiseSpace
-from sb3_dsrl.tickets import Ticket, find_ticket
-from sb3_dsrl.wrappers import ActionChunkWrapper, LatentSteeringWrapper, VecLatentSteering
+import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
+from sb3_dsrl.evaluation.best_of import BestOfM
+from sb3_dsrl.evaluation.play import evaluate
+from sb3_dsrl.evaluation.results import EvalResult, results_table
+from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
+from sb3_dsrl.evaluation.steerability import steerability
+from sb3_dsrl.evaluation.steerability_report import SteerabilityReport
+from sb3_dsrl.evaluation.tickets import Ticket, find_ticket
+from sb3_dsrl.policies.awsc import load_awsc_checkpoint
+from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.encoders import ImageEncoder, StateEncoder
+from sb3_dsrl.policies.flow import FlowPolicy
+from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
+from sb3_dsrl.stage0.critic import train_critic
+from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.features import demo_transitions
+from sb3_dsrl.stage0.flow_matching import train_flow
+from sb3_dsrl.stage1.gate import Gate
+from sb3_dsrl.stage1.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
+from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.stage2.resume import ResumeCallback, resume
+from sb3_dsrl.stage2.settings import ppo_kwargs
+from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
+from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
+from sb3_dsrl.steering.noise_space import NoiseSpace
+from sb3_dsrl.steering.vec_env import VecLatentSteering
+from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 if TYPE_CHECKING:
-    from sb3_dsrl.maniskill import make_chunk_env, make_latent_env
+    from sb3_dsrl.envs.maniskill import make_chunk_env, make_latent_env
 
 __version__ = "0.1.0"
 
@@ -45,7 +52,7 @@ __all__ = [
     "ImageEncoder",
     "LatentPolicy",
     "LatentSteeringWrapper",
-    "NoisePolicy",
+    "SteerablePolicy",
     "NoiseSpace",
     "ResumeCallback",
     "Rollouts",
@@ -80,7 +87,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Importing sb3_dsrl must not import ManiSkill.
     if name in ("make_chunk_env", "make_latent_env"):
-        from sb3_dsrl import maniskill
+        from sb3_dsrl.envs import maniskill
 
         return getattr(maniskill, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from tests.envs import tiny_flow
 th.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell has started the tests in the background
 # Workers start in a moment if what they need has been imported once.
-multiprocessing.set_forkserver_preload(["pytest", "sb3_dsrl.maniskill", "sb3_dsrl.ray_workers", "tests.envs"])
+multiprocessing.set_forkserver_preload(["pytest", "sb3_dsrl.envs.maniskill", "sb3_dsrl.envs.ray_workers", "tests.envs"])
 
 #: Files that take longest come first, so that no process is left with one of them when the others have finished.
 LONGEST = ("readme", "examples", "scripts", "compare", "workers", "images", "conformance")

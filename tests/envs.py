@@ -15,7 +15,8 @@ from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, VelocityMLP
-from sb3_dsrl.workers import ProcessWorker, WorkerVecEnv
+from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
+from sb3_dsrl.envs.workers import ProcessWorker
 
 
 class ScriptedEnv(gym.Env):
@@ -211,8 +212,8 @@ def tiny_flow(
             obs_horizon,
             pred_horizon,
             act_horizon,
-            velocity_class=VelocityMLP,
-            velocity_kwargs=dict(width=16, n_blocks=1, embed_dim=8),
+            net_class=VelocityMLP,
+            net_kwargs=dict(width=16, n_blocks=1, embed_dim=8),
             critic_kwargs=dict(width=16, n_heads=3),
             **(dict(num_steps=2) | kwargs),
         )

@@ -28,9 +28,9 @@ def test_plays_the_best_of_its_noises(kappa: float, score: Callable[[th.Tensor],
     """With kappa = 0 two heads that agree on x; otherwise x and -x, of which the mean is 0 and the std |x|."""
     sign = 1 if kappa == 0 else -1
     critic = KnownCritic(lambda cond, chunk: chunk[..., 0, 0], lambda cond, chunk: sign * chunk[..., 0, 0])
-    player = BestOfM(bandit(flow=linear_flow(a=-0.8, num_steps=1)), critic, 5, kappa)  # decodes w to 0.2 w: never clipped
+    actor = BestOfM(bandit(flow=linear_flow(a=-0.8, num_steps=1)), critic, 5, kappa)  # decodes w to 0.2 w: never clipped
     th.manual_seed(0)
-    w, state = player.predict(np.zeros((3, 2), np.float32))
+    w, state = actor.predict(np.zeros((3, 2), np.float32))
     th.manual_seed(0)
     drawn = th.randn(3, 5, 1, 2)
     np.testing.assert_array_equal(w, drawn[th.arange(3), score(drawn[:, :, 0, 0]).argmax(dim=1)])
@@ -41,8 +41,8 @@ def test_more_candidates_are_better_and_a_wrong_critic_is_worse() -> None:
     env, right = bandit(4), KnownCritic(closeness)
     wrong = KnownCritic(lambda cond, chunk: -closeness(cond, chunk))
     prior, best4, best32, worst4 = (
-        evaluate(player, env, 60).mean_return
-        for player in ("prior", BestOfM(env, right, 4), BestOfM(env, right, 32), BestOfM(env, wrong, 4))
+        evaluate(actor, env, 60).mean_return
+        for actor in ("prior", BestOfM(env, right, 4), BestOfM(env, right, 32), BestOfM(env, wrong, 4))
     )
     assert worst4 < prior - 0.2 and prior + 0.2 < best4 < best32 < 0 and best32 > -0.1
     assert evaluate(BestOfM(env, right, 4), env, 60).mean_return == best4  # the seed decides
@@ -63,10 +63,10 @@ def test_forms_and_steer_modes(form: str, mode: str, rows: int) -> None:
     assert flow.critic is not None
     flow.critic.updates += 1
     env = FORMS[form](flow, [scripted(10, episode_lengths=(5,)), scripted(10)], steer_mode=mode, noise_bound=0.5)
-    player = BestOfM(env, n_candidates=3)  # the flow's own critic
-    w, _ = player.predict(np.zeros((2, flow.cond_dim), np.float32))
+    actor = BestOfM(env, n_candidates=3)  # the flow's own critic
+    w, _ = actor.predict(np.zeros((2, flow.cond_dim), np.float32))
     assert w.shape == (2, rows, 2) and np.abs(w).max() == 0.5
-    assert evaluate(player, env, 4).episodes == 4
+    assert evaluate(actor, env, 4).episodes == 4
 
 
 def test_gym_env() -> None:

@@ -59,7 +59,7 @@ def test_best_model_is_the_first_of_the_best(tmp_path: Path, monkeypatch: pytest
         result.success_at_end = next(scores)
         return result
 
-    monkeypatch.setattr("sb3_dsrl.callbacks.evaluate", scored)
+    monkeypatch.setattr("sb3_dsrl.stage2.callbacks.evaluate", scored)
     monkeypatch.setattr(SuccessEvalCallback, "_save", lambda self, name: saved.append((model.num_timesteps, name)))
     model.learn(8 * 2 * 2, SuccessEvalCallback(steered(), eval_freq=1, n_eval_episodes=2, save_path=tmp_path))
     assert [steps for steps, name in saved if name == "best_success_at_end"] == [0, 16]

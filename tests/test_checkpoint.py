@@ -18,9 +18,9 @@ import torch as th
 from torch import nn
 
 from sb3_dsrl import TrainingCheckpoint
-from sb3_dsrl.checkpoint import atomic_file, newest_readable, previous, rng_state, set_rng_state
-from sb3_dsrl.interrupt import Interrupted, StopSignals
-from sb3_dsrl.progress import ProgressLoop
+from sb3_dsrl.utils.checkpoint import atomic_file, newest_readable, previous, rng_state, set_rng_state
+from sb3_dsrl.utils.interrupt import Interrupted, StopSignals
+from sb3_dsrl.utils.progress import ProgressLoop
 
 
 def write(path: Path, number: int) -> None:
@@ -52,7 +52,7 @@ def test_the_previous_one_is_kept_without_hard_links(tmp_path: Path, monkeypatch
     def link(*args: Any) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("sb3_dsrl.checkpoint.os.link", link)
+    monkeypatch.setattr("sb3_dsrl.utils.checkpoint.os.link", link)
     test_the_previous_one_is_kept(tmp_path)
 
 
@@ -88,7 +88,7 @@ def test_power_cut_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
-            patch.setattr(f"sb3_dsrl.checkpoint.os.{name}", cut(name))
+            patch.setattr(f"sb3_dsrl.utils.checkpoint.os.{name}", cut(name))
         with pytest.raises(PowerCut):
             write(path, 3)
     assert read(path) == (3 if step == "fsync 2" else 2)
@@ -110,7 +110,7 @@ def test_there_is_a_complete_file_at_every_moment(tmp_path: Path, monkeypatch: p
         return function
 
     for name in ("fsync", "link", "replace"):
-        monkeypatch.setattr(f"sb3_dsrl.checkpoint.os.{name}", watch(getattr(os, name)))
+        monkeypatch.setattr(f"sb3_dsrl.utils.checkpoint.os.{name}", watch(getattr(os, name)))
     write(path, 2)
     assert seen == [1, 1, 1, 2, 2]
 

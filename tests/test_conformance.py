@@ -18,10 +18,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, ppo_kwargs
-from sb3_dsrl.batched import BatchedChunkEnv
-from sb3_dsrl.diffusion import DiffusionPolicy
-from sb3_dsrl.ray_workers import RayWorker
-from sb3_dsrl.workers import ProcessWorker, WorkerVecEnv
+from sb3_dsrl.envs.ray_workers import RayWorker
+from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
+from sb3_dsrl.envs.workers import ProcessWorker
+from sb3_dsrl.policies.diffusion import DiffusionPolicy
+from sb3_dsrl.steering.batched import BatchedChunkEnv
 from tests.envs import BatchedScriptedEnv, ScriptedEnv, gym_steered, scripted, tiny_flow, vec_steered
 
 GAMMA = 0.9

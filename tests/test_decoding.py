@@ -9,8 +9,8 @@ import torch as th
 from torch.nn import functional as F
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, VelocityUNet
-from sb3_dsrl.decoding import BLOCK_SIZE, integrate
-from sb3_dsrl.networks import VelocityNet, mish
+from sb3_dsrl.policies.decoding import BLOCK_SIZE, integrate
+from sb3_dsrl.policies.networks import VelocityNet, mish
 
 NETS: dict[str, Callable[[], VelocityNet]] = {
     "MLP": lambda: VelocityMLP(3, 4, 6, width=32, n_blocks=2, embed_dim=8),

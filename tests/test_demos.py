@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sb3_dsrl.demos import action_windows, chunk_transitions, frame_history, load_demos
-from sb3_dsrl.integrity import write_sums
+from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demos import action_windows, chunk_transitions, frame_history
+from sb3_dsrl.utils.integrity import write_sums
 from tests.demo_files import scripted_episode, write_demos
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "demos" / "PushCube-v1.h5"

@@ -30,10 +30,10 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
-from sb3_dsrl.checkpoint import previous
-from sb3_dsrl.interrupt import Interrupted
-from sb3_dsrl.progress import ProgressLoop
-from sb3_dsrl.windows import ImageWindows
+from sb3_dsrl.stage0.windows import ImageWindows
+from sb3_dsrl.utils.checkpoint import previous
+from sb3_dsrl.utils.interrupt import Interrupted
+from sb3_dsrl.utils.progress import ProgressLoop
 from tests.envs import tiny_flow
 from tests.stage2 import KWARGS, TOTAL, Stage2, bits, run_slowly, steered
 from tests.test_images import image_flow, write_image_demos

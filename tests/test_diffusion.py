@@ -7,7 +7,7 @@ import pytest
 import torch as th
 
 from sb3_dsrl import FlowPolicy, VelocityMLP, load_demos, train_flow
-from sb3_dsrl.diffusion import DiffusionPolicy
+from sb3_dsrl.policies.diffusion import DiffusionPolicy
 from tests.demo_files import write_demos
 from tests.envs import tiny_flow
 
@@ -18,7 +18,7 @@ def untrained(num_steps: int = 5) -> DiffusionPolicy:
     with th.random.fork_rng(devices=[]):
         th.manual_seed(0)
         kwargs = dict(width=16, n_blocks=1, embed_dim=8)
-        policy = DiffusionPolicy.create(3, 2, 2, 4, 3, velocity_class=VelocityMLP, velocity_kwargs=kwargs, num_steps=num_steps)
+        policy = DiffusionPolicy.create(3, 2, 2, 4, 3, net_class=VelocityMLP, net_kwargs=kwargs, num_steps=num_steps)
     assert isinstance(policy, DiffusionPolicy)
     return policy.freeze()
 
@@ -37,7 +37,7 @@ def test_decode_is_ddim_by_hand(n: int) -> None:
     levels = [round(N_LEVELS - i * N_LEVELS / n) - 1 for i in range(n)]
     for i, k in enumerate(levels):
         t = th.full((3,), 1 - k / N_LEVELS)
-        eps = policy.velocity(x.float(), t, th.zeros(3), cond).double()
+        eps = policy.net(x.float(), t, th.zeros(3), cond).double()
         before = bars[levels[i + 1]] if i + 1 < n else 1.0
         clean = ((x - (1 - bars[k]) ** 0.5 * eps) / bars[k] ** 0.5).clamp(-1, 1)
         x = before**0.5 * clean + (1 - before) ** 0.5 * eps
@@ -82,8 +82,8 @@ def test_stage_0_learns_both_modes(tmp_path: Path) -> None:
     policy = train_flow(
         demos,
         policy_class=DiffusionPolicy,
-        velocity_class=VelocityMLP,
-        velocity_kwargs=dict(width=64, n_blocks=2),
+        net_class=VelocityMLP,
+        net_kwargs=dict(width=64, n_blocks=2),
         pred_horizon=4,
         act_horizon=4,
         num_steps=10,

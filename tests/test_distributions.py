@@ -8,7 +8,7 @@ import torch as th
 from scipy.stats import kstest, norm
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
-from sb3_dsrl.distributions import PriorMixtureDistribution
+from sb3_dsrl.stage2.distributions import PriorMixtureDistribution
 
 EPS = [0.0, 0.3, 0.9, 1.0]
 

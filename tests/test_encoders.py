@@ -9,8 +9,8 @@ import torch as th
 from torch import nn
 
 from sb3_dsrl import FlowPolicy, VelocityMLP
-from sb3_dsrl.encoders import ImageEncoder, PlainConv, SpatialSoftmaxConv, random_shift
-from sb3_dsrl.networks import Network
+from sb3_dsrl.policies.encoders import ImageEncoder, PlainConv, SpatialSoftmaxConv, random_shift
+from sb3_dsrl.policies.networks import Network
 
 SHAPES: dict[str, tuple[int, int, int]] = {"rgb": (16, 12, 6), "depth": (16, 12, 2)}
 
@@ -127,9 +127,7 @@ def test_random_shift_of_nothing_is_nothing() -> None:
 
 @pytest.mark.parametrize("backbone", [None, Mean(8)], ids=["default", "own subclass"])
 def test_flow_with_images_travels_through_a_folder(tmp_path: Path, backbone: nn.Module | None) -> None:
-    flow = FlowPolicy.create(
-        3, 2, 2, 4, 3, image_shapes=SHAPES, backbone=backbone, velocity_class=VelocityMLP, obs_mode="rgbd"
-    )
+    flow = FlowPolicy.create(3, 2, 2, 4, 3, image_shapes=SHAPES, backbone=backbone, net_class=VelocityMLP, obs_mode="rgbd")
     flow.encoder.fit(th.randn(20, 3))
     flow.freeze().save_pretrained(tmp_path)
     loaded = FlowPolicy.from_pretrained(tmp_path)
@@ -143,9 +141,11 @@ def test_flow_with_images_travels_through_a_folder(tmp_path: Path, backbone: nn.
 def test_foreign_backbone_can_be_used_but_not_saved(tmp_path: Path) -> None:
     foreign = nn.Sequential(nn.Flatten(), nn.LazyLinear(7))
     foreign.out_dim = 7  # type: ignore[assignment]
-    flow = FlowPolicy.create(3, 2, 2, 4, 3, image_shapes=SHAPES, backbone=foreign, velocity_class=VelocityMLP)
+    flow = FlowPolicy.create(3, 2, 2, 4, 3, image_shapes=SHAPES, backbone=foreign, net_class=VelocityMLP)
     assert flow.encode(batch()).shape == (5, 20)
-    with pytest.raises(ValueError, match=r"Only subclasses of sb3_dsrl.networks.Network can be saved.*found Sequential"):
+    with pytest.raises(
+        ValueError, match=r"Only subclasses of sb3_dsrl.policies.networks.Network can be saved.*found Sequential"
+    ):
         flow.save_pretrained(tmp_path / "flow")
 
 

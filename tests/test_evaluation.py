@@ -10,7 +10,8 @@ from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
 
 from sb3_dsrl import EvalResult, FlowPolicy, LatentSteeringWrapper, collect_rollouts, evaluate, results_table
-from sb3_dsrl.evaluation import play, wilson_interval
+from sb3_dsrl.evaluation.play import play
+from sb3_dsrl.evaluation.results import wilson_interval
 from tests.envs import FORMS, ScriptedEnv, gym_steered, scripted, vec_steered
 
 GAMMA = 0.9
@@ -64,15 +65,15 @@ def test_result_counts_env_steps_up_to_the_time_limit(flow):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_same_seed_same_starts_for_every_player(form: str, flow):
-    def starts(player: Any, seed: int) -> np.ndarray:
+    def starts(actor: Any, seed: int) -> np.ndarray:
         raw = [ScriptedEnv(episode_lengths=(4, 9), random_start=True) for _ in range(2)]
-        evaluate(player, FORMS[form](flow, raw), 6, seed=seed)
+        evaluate(actor, FORMS[form](flow, raw), 6, seed=seed)
         return np.array([each.starts[:3] for each in raw])
 
     reference = starts("prior", 5)
     assert len(np.unique(reference)) == 6
-    for player in ("zero", flow, np.ones(flow.noise_shape)):
-        np.testing.assert_array_equal(starts(player, 5), reference)
+    for actor in ("zero", flow, np.ones(flow.noise_shape)):
+        np.testing.assert_array_equal(starts(actor, 5), reference)
     assert not np.isin(starts("prior", 8), reference).any()
 
 
@@ -82,8 +83,8 @@ def test_the_same_starts_under_other_noise(sampled: bool, flow, env):
     model = PPO("LatentPolicy", env, gamma=GAMMA**3, n_steps=8, batch_size=16, seed=0)
 
     def played(noise_seed: int | None) -> tuple[np.ndarray, np.ndarray]:
-        player, mode = (model, dict(deterministic=False)) if sampled else ("prior", {})
-        first = next(iter(play(player, random_starts(flow), 4, seed=3, noise_seed=noise_seed, **mode)))
+        actor, mode = (model, dict(deterministic=False)) if sampled else ("prior", {})
+        first = next(iter(play(actor, random_starts(flow), 4, seed=3, noise_seed=noise_seed, **mode)))
         return first.obs, first.w
 
     (obs, w), (same_obs, same_w), (other_obs, other_w) = played(None), played(3), played(4)
@@ -116,13 +117,13 @@ def test_evaluation_leaves_the_global_generators_alone(env):
     np.testing.assert_array_equal(np.random.get_state()[1], states[1])
 
 
-# --------------------------------------------------------------------------------------------------------------- players
+# --------------------------------------------------------------------------------------------------------------- actors
 
 
 def test_zero_and_fixed_noise_players(flow):
     fixed = np.random.default_rng(0).standard_normal(flow.noise_shape)
-    for player, w in (("zero", np.zeros(flow.noise_shape)), (fixed, fixed)):
-        for step in play(player, random_starts(flow), 3):
+    for actor, w in (("zero", np.zeros(flow.noise_shape)), (fixed, fixed)):
+        for step in play(actor, random_starts(flow), 3):
             np.testing.assert_allclose(step.w, np.broadcast_to(w, (2, 4, 2)), atol=1e-6)
             assert step.w.dtype == np.float32
 
@@ -136,10 +137,10 @@ def test_prior_is_the_unsteered_flow(flow):
 
 def test_models_and_policies_play(flow, env):
     model = PPO("LatentPolicy", env, gamma=GAMMA**3, n_steps=8, batch_size=16, policy_kwargs=dict(centre=np.full((4, 2), 0.5)))
-    for player in (model, model.policy):
-        for step in play(player, random_starts(flow), 2, deterministic=True):
+    for actor in (model, model.policy):
+        for step in play(actor, random_starts(flow), 2, deterministic=True):
             np.testing.assert_allclose(step.w, 0.5, atol=1e-6)
-        assert np.std(next(iter(play(player, random_starts(flow), 2, deterministic=False))).w) > 0.3
+        assert np.std(next(iter(play(actor, random_starts(flow), 2, deterministic=False))).w) > 0.3
     # a fresh policy plays as the prior does, but for its mean
     assert evaluate(model, random_starts(flow), 2).mean_return == pytest.approx(
         evaluate(np.full((4, 2), 0.5), random_starts(flow), 2).mean_return, abs=1e-5
@@ -149,7 +150,7 @@ def test_models_and_policies_play(flow, env):
 
 
 @pytest.mark.parametrize(
-    ("player", "name", "expected"),
+    ("actor", "name", "expected"),
     [
         ("prior", None, "prior"),
         ("zero", None, "zero"),
@@ -158,9 +159,9 @@ def test_models_and_policies_play(flow, env):
         ("zero", "w0", "w0"),
     ],
 )
-def test_names(player: str, name: str | None, expected: str, flow, env):
-    players = dict(flow=flow, noise=np.zeros(flow.noise_shape))
-    assert evaluate(players.get(player, player), env, 2, name=name).name == expected
+def test_names(actor: str, name: str | None, expected: str, flow, env):
+    actors = dict(flow=flow, noise=np.zeros(flow.noise_shape))
+    assert evaluate(actors.get(actor, actor), env, 2, name=name).name == expected
 
 
 # -------------------------------------------------------------------------------------------------------------- interval

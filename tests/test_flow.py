@@ -11,7 +11,7 @@ import torch as th
 from torch import nn
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, VelocityUNet, train_flow
-from sb3_dsrl.networks import VelocityNet
+from sb3_dsrl.policies.networks import VelocityNet
 from tests.demo_files import write_demos
 from tests.envs import tiny_flow
 from tests.toys import linear_flow
@@ -80,7 +80,7 @@ def test_intermediate_points_are_not_clipped() -> None:
 @pytest.mark.parametrize("net", [VelocityMLP, VelocityUNet])
 def test_decode_has_gradients_and_rows_are_independent(net: type[VelocityNet]) -> None:
     th.manual_seed(0)
-    flow = FlowPolicy.create(3, 2, pred_horizon=4, act_horizon=2, velocity_class=net).freeze()
+    flow = FlowPolicy.create(3, 2, pred_horizon=4, act_horizon=2, net_class=net).freeze()
     cond, w = th.randn(4, flow.cond_dim), 0.1 * th.randn(4, 4, 2)
     alone = th.cat([flow.decode(cond[i : i + 1], w[i : i + 1], 2) for i in range(4)])
     th.testing.assert_close(flow.decode(cond, w, 2), alone)
@@ -109,7 +109,7 @@ def euler(flow: FlowPolicy, cond: th.Tensor, w: th.Tensor, n: int, d: float) -> 
     """n Euler steps, telling the network ``d`` whatever the step."""
     x = w
     for i in range(n):
-        x = x + flow.velocity(x, th.full((len(w),), i / n), th.full((len(w),), d), cond) / n
+        x = x + flow.net(x, th.full((len(w),), i / n), th.full((len(w),), d), cond) / n
     return x.clamp(-1, 1)
 
 
@@ -130,8 +130,8 @@ def shortcut_flow(tmp_path_factory: pytest.TempPathFactory) -> FlowPolicy:
         learning_rate=5e-3,
         ema_decay=0.98,
         seed=0,
-        velocity_class=VelocityMLP,
-        velocity_kwargs=dict(width=64, n_blocks=2, embed_dim=32),
+        net_class=VelocityMLP,
+        net_kwargs=dict(width=64, n_blocks=2, embed_dim=32),
         obs_horizon=1,
         pred_horizon=2,
         act_horizon=2,
@@ -214,7 +214,7 @@ def test_round_trip_through_a_folder(policy: FlowPolicy, tmp_path: Path) -> None
         assert type(getattr(loaded, name)) is type(expected), name
     for name in ("act_horizon", "pred_horizon", "obs_horizon", "action_dim", "cond_dim", "noise_shape"):
         assert getattr(loaded, name) == getattr(policy, name), name
-    assert type(loaded.velocity) is type(policy.velocity)
+    assert type(loaded.net) is type(policy.net)
     assert (loaded.critic is None) == (policy.critic is None)
     state = loaded.state_dict()
     assert state.keys() == policy.state_dict().keys()
@@ -230,7 +230,7 @@ def test_round_trip_through_a_folder(policy: FlowPolicy, tmp_path: Path) -> None
 def test_config_is_plain_json(policy: FlowPolicy, tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["velocity"]["class"] == type(policy.velocity).__name__
+    assert config["net"]["class"] == type(policy.net).__name__
     assert config["encoder"] == dict(obs_dim=3, obs_horizon=2) | {"class": "StateEncoder"}
     assert (config["control_mode"], config["act_horizon"], config["gamma"]) == ("pd_joint_delta_pos", 5, 0.97)
 
@@ -255,8 +255,8 @@ def nudge(get: Callable[[FlowPolicy], th.Tensor]) -> Callable[[FlowPolicy], None
     ("change", "differs"),
     [
         (lambda flow: None, False),
-        (nudge(lambda flow: flow.velocity.inlet.weight), True),
-        (nudge(lambda flow: flow.velocity.step_embedding.mlp[0].bias), True),
+        (nudge(lambda flow: flow.net.inlet.weight), True),
+        (nudge(lambda flow: flow.net.step_embedding.mlp[0].bias), True),
         (nudge(lambda flow: flow.encoder.mean), True),
         (nudge(lambda flow: flow.encoder.std), True),
         (nudge(lambda flow: flow.critic.net[0].weight), False),
@@ -276,7 +276,7 @@ def test_fingerprint(change: Callable[[FlowPolicy], Any], differs: bool) -> None
 
 
 def test_freeze() -> None:
-    flow = FlowPolicy.create(3, 2, pred_horizon=4, act_horizon=2, velocity_class=VelocityMLP)
+    flow = FlowPolicy.create(3, 2, pred_horizon=4, act_horizon=2, net_class=VelocityMLP)
     assert all(parameter.requires_grad for parameter in flow.parameters())
     assert flow.freeze() is flow
     assert not any(parameter.requires_grad for parameter in flow.parameters())
@@ -291,7 +291,7 @@ def test_executed_slice(offset: int, act_horizon: int) -> None:
 
 
 def test_networks_must_fit() -> None:
-    with pytest.raises(ValueError, match=r"velocity expects 5 features, but the encoder gives 6"):
+    with pytest.raises(ValueError, match=r"net expects 5 features, but the encoder gives 6"):
         FlowPolicy(StateEncoder(3, 2), VelocityMLP(2, 8, 5))
 
 
@@ -317,7 +317,7 @@ def test_foreign_networks_are_not_saved(tmp_path: Path) -> None:
         cond_dim, pred_horizon, action_dim = 2, 1, 2
 
     flow = FlowPolicy(StateEncoder(2, 1), Bare(), act_horizon=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"Only subclasses of sb3_dsrl.networks.Network can be saved.*found Bare"):
+    with pytest.raises(ValueError, match=r"Only subclasses of sb3_dsrl.policies.networks.Network can be saved.*found Bare"):
         flow.save_pretrained(tmp_path)
 
 

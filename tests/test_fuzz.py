@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from stable_baselines3 import PPO
 
 from sb3_dsrl import FlowPolicy, LatentPolicy, ppo_kwargs
-from sb3_dsrl.demos import Demos, load_demos
-from sb3_dsrl.integrity import check_zip, write_sums
-from sb3_dsrl.legacy import load_awsc_checkpoint
+from sb3_dsrl.policies.awsc import load_awsc_checkpoint
+from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demos import Demos
+from sb3_dsrl.utils.integrity import check_zip, write_sums
 from tests.demo_files import scripted_episode, write_demos
 from tests.envs import scripted, tiny_flow, vec_steered
 from tests.test_conformance import FORMS, GAMMA, Reference, Script, noises

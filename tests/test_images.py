@@ -27,9 +27,9 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
-from sb3_dsrl.batched import BatchedChunkEnv
-from sb3_dsrl.maniskill import flat_images
-from sb3_dsrl.windows import ImageWindows
+from sb3_dsrl.envs.maniskill_wrappers import flat_images
+from sb3_dsrl.stage0.windows import ImageWindows
+from sb3_dsrl.steering.batched import BatchedChunkEnv
 
 CAMERA = dict(sensor_configs=dict(width=16, height=16))
 MODES: dict[str, Any] = dict(sim_backend="physx_cpu", render_backend="cpu", control_mode="pd_joint_delta_pos", **CAMERA)
@@ -100,8 +100,8 @@ def test_file_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
 
 def image_flow(demos: Any, **kwargs: Any) -> FlowPolicy:
     settings: dict[str, Any] = dict(
-        velocity_class=VelocityMLP,
-        velocity_kwargs=dict(width=16, n_blocks=1, embed_dim=8),
+        net_class=VelocityMLP,
+        net_kwargs=dict(width=16, n_blocks=1, embed_dim=8),
         critic_kwargs=dict(width=16, n_heads=2),
         obs_horizon=2,
         pred_horizon=4,
@@ -190,7 +190,7 @@ def test_stage_0_learns_from_images(tmp_path: Path) -> None:
         n_iterations=300,
         batch_size=32,
         learning_rate=2e-3,
-        velocity_kwargs=dict(width=64, n_blocks=2),
+        net_kwargs=dict(width=64, n_blocks=2),
         ema_decay=0.98,
     )
     rgb = np.stack([demos.episodes[i].read_obs()["rgb"][:1] for i in (0, 1)] * 20)
@@ -214,8 +214,8 @@ def rgb_flow(obs_horizon: int, env_id: str = "PushCube-v1", obs_mode: str = "rgb
         4,
         4,
         image_shapes=shapes,
-        velocity_class=VelocityMLP,
-        velocity_kwargs=dict(width=16, n_blocks=1, embed_dim=8),
+        net_class=VelocityMLP,
+        net_kwargs=dict(width=16, n_blocks=1, embed_dim=8),
         obs_mode=obs_mode,
         control_mode="pd_joint_delta_pos",
         env_id=env_id,

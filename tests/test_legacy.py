@@ -9,7 +9,7 @@ import torch as th
 from torch import nn
 
 from sb3_dsrl import FlowPolicy, LatentSteeringWrapper
-from sb3_dsrl.legacy import load_awsc_checkpoint
+from sb3_dsrl.policies.awsc import load_awsc_checkpoint
 from tests.envs import scripted
 
 A, T, H, OBS_HORIZON, STATE, VISUAL = 2, 8, 4, 2, 5, 256

@@ -12,7 +12,7 @@ import torch as th
 from torch import nn
 
 from sb3_dsrl import LatentSteeringWrapper
-from sb3_dsrl.lerobot import LeRobotDiffusionPolicy
+from sb3_dsrl.policies.lerobot import LeRobotDiffusionPolicy
 from tests.envs import scripted
 
 OBS_STEPS, HORIZON, ACTION_STEPS, A, D = 2, 8, 4, 2, 3

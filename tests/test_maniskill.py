@@ -25,8 +25,8 @@ from sb3_dsrl import (
     ppo_kwargs,
     resume,
 )
-from sb3_dsrl.checkpoint import previous
-from sb3_dsrl.resuming import RECONFIGURE
+from sb3_dsrl.stage2.resume import RECONFIGURE
+from sb3_dsrl.utils.checkpoint import previous
 from tests.envs import tiny_flow
 from tests.stage2 import bits
 

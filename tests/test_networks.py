@@ -6,8 +6,8 @@ import pytest
 import torch as th
 from torch.nn import functional as F
 
-from sb3_dsrl.encoders import StateEncoder
-from sb3_dsrl.networks import EnsembleChunkCritic, VelocityMLP, VelocityNet, VelocityUNet
+from sb3_dsrl.policies.encoders import StateEncoder
+from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityNet, VelocityUNet
 
 B, T, A, C = 3, 8, 2, 5
 

@@ -12,13 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, demo_transitions, train_critic, train_flow
-from sb3_dsrl.demos import Demos, Episode, chunk_transitions
-from sb3_dsrl.features import FeatureTransitions, check_demos_fit
-from sb3_dsrl.losses import shortcut_loss
-from sb3_dsrl.offline import critic_td_loss, exp_weights
+from sb3_dsrl.policies.losses import shortcut_loss
+from sb3_dsrl.stage0.critic import critic_td_loss
+from sb3_dsrl.stage0.demos import Demos, Episode, chunk_transitions
+from sb3_dsrl.stage0.features import FeatureTransitions, check_demos_fit
+from sb3_dsrl.stage0.weights import exp_weights
 from tests.toys import linear_flow
 
-SMALL = dict(velocity_class=VelocityMLP, velocity_kwargs=dict(width=48, n_blocks=1, embed_dim=16), obs_horizon=1)
+SMALL = dict(net_class=VelocityMLP, net_kwargs=dict(width=48, n_blocks=1, embed_dim=16), obs_horizon=1)
 
 
 def make_demos(actions: np.ndarray, obs: np.ndarray, rewards: np.ndarray | None = None) -> Demos:
@@ -350,7 +351,7 @@ def test_same_seed_same_weights() -> None:
     th.manual_seed(1)
     second, other = trained_state(seed=7), trained_state(seed=8)
     assert all(th.equal(first[key], second[key]) for key in first)
-    assert not th.equal(first["velocity.inlet.weight"], other["velocity.inlet.weight"])
+    assert not th.equal(first["net.inlet.weight"], other["net.inlet.weight"])
     assert not th.equal(first["critic.net.0.weight"], other["critic.net.0.weight"])
 
 
@@ -358,14 +359,14 @@ def test_without_seed_the_global_generator_decides() -> None:
     states = []
     for seed in (5, 5, 6):
         th.manual_seed(seed)
-        states.append(trained_state(seed=None)["velocity.inlet.weight"])
+        states.append(trained_state(seed=None)["net.inlet.weight"])
     assert th.equal(states[0], states[1]) and not th.equal(states[0], states[2])
 
 
 def test_result_is_the_moving_average() -> None:
     def trained(ema_decay: float) -> th.Tensor:
         kwargs = dict(n_iterations=3, consistency_fraction=0.0, seed=0, pred_horizon=2, act_horizon=1, **SMALL)
-        return train_flow(random_demos(), ema_decay=ema_decay, **kwargs).velocity.outlet[2].weight.double()
+        return train_flow(random_demos(), ema_decay=ema_decay, **kwargs).net.outlet[2].weight.double()
 
     first, third = trained(1.0), trained(0.0)  # the weights after the first and the last iteration
     assert (first - third).abs().max() > 1e-4
@@ -389,4 +390,4 @@ def test_training_goes_on_with_the_flow_that_is_given() -> None:
         key,
         value,
     ) in flow.state_dict().items():  # the encoder is part of what it learned before, the critic has its own training
-        assert th.equal(value, before[key]) == (not key.startswith("velocity.")), key
+        assert th.equal(value, before[key]) == (not key.startswith("net.")), key

@@ -22,16 +22,15 @@ from sb3_dsrl import (
     LatentSteeringWrapper,
     Rollouts,
     VecLatentSteering,
-    advantages,
     aw_mle_loss,
     collect_rollouts,
     pretrain_latent,
     train_critic,
 )
-from sb3_dsrl.advantages import executed_advantages
-from sb3_dsrl.candidates import candidate_weights, effective_number, soft_baseline
-from sb3_dsrl.demos import Demos, Episode
-from sb3_dsrl.steering import Steering
+from sb3_dsrl.stage0.demos import Demos, Episode
+from sb3_dsrl.stage1.candidates import candidate_weights, effective_number, soft_baseline
+from sb3_dsrl.stage1.executed import executed_advantages
+from sb3_dsrl.steering.steering import Steering
 from tests.envs import FORMS, scripted, tiny_flow
 from tests.test_offline import scalars
 from tests.toys import BanditEnv, linear_flow
@@ -182,7 +181,7 @@ def test_gae_against_a_loop(monkeypatch: pytest.MonkeyPatch, gae_lambda: float) 
         asked.update(inputs=inputs, targets=targets, episode=episode)
         return value
 
-    monkeypatch.setattr(advantages, "_cross_fitted_value", fixed_value)
+    monkeypatch.setattr("sb3_dsrl.stage1.executed._cross_fitted_value", fixed_value)
     found = executed_advantages(rollouts, gae_lambda)
     reward, discount = rollouts.reward.tolist(), rollouts.discount.tolist()
     for i in range(len(rollouts)):
@@ -612,7 +611,7 @@ def test_refusals(target: Callable[[], Any], kwargs: dict[str, Any], error: type
 @pytest.mark.parametrize("weighting", ["candidates", "executed"])
 def test_steering_the_executed_part_only(weighting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """steer_mode="act_horizon": stage 1 learns the first H of T entries, also from rollouts that steered all T."""
-    monkeypatch.setattr("sb3_dsrl.pretrain.train_critic", partial(train_critic, n_iterations=5))
+    monkeypatch.setattr("sb3_dsrl.stage1.pretrain.train_critic", partial(train_critic, n_iterations=5))
     flow = tiny_flow()
     assert flow.critic is not None
     flow.critic.updates += 1
@@ -633,7 +632,7 @@ def test_steering_the_executed_part_only(weighting: Any, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("pool_size", [None, 20])
 def test_candidates_of_shared_noise(pool_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """steer_mode="shared": candidates are single entries of the noise, scored by what they become when repeated."""
-    monkeypatch.setattr("sb3_dsrl.pretrain.train_critic", partial(train_critic, n_iterations=5))
+    monkeypatch.setattr("sb3_dsrl.stage1.pretrain.train_critic", partial(train_critic, n_iterations=5))
     flow = tiny_flow()
     assert flow.critic is not None
     flow.critic.updates += 1

@@ -16,14 +16,14 @@ from sb3_dsrl import (
     ActionChunkWrapper,
     Gate,
     LatentSteeringWrapper,
-    NoisePolicy,
     SteerabilityReport,
+    SteerablePolicy,
     VecLatentSteering,
     collect_rollouts,
     load_demos,
     steerability,
 )
-from sb3_dsrl.steerability import rank_auc
+from sb3_dsrl.evaluation.steerability import rank_auc
 from tests.demo_files import write_demos
 from tests.envs import FORMS, ScriptedEnv, tiny_flow
 from tests.test_images import image_flow, write_image_demos
@@ -57,12 +57,12 @@ def right_sign(start: np.ndarray, action: np.ndarray) -> bool:
     return action[0] * start[0] > 0
 
 
-def toy(succeeds: Any, flow: NoisePolicy | None = None, n_envs: int = 5) -> tuple[NoisePolicy, VecEnv]:
+def toy(succeeds: Any, flow: SteerablePolicy | None = None, n_envs: int = 5) -> tuple[SteerablePolicy, VecEnv]:
     flow = flow or linear_flow()  # which decodes noise to itself
     return flow, VecLatentSteering(DummyVecEnv([lambda: ActionChunkWrapper(ToyEnv(succeeds), 1)] * n_envs), flow)
 
 
-def deaf(b: float = 0.0) -> NoisePolicy:
+def deaf(b: float = 0.0) -> SteerablePolicy:
     """Decodes every noise to b."""
     return linear_flow(a=-1.0, b=b, num_steps=1)
 

@@ -17,8 +17,9 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dsrl import ActionChunkWrapper, VecLatentSteering, collect_rollouts, evaluate, ppo_kwargs
-from sb3_dsrl.ray_workers import RayWorker
-from sb3_dsrl.workers import MAX_FAILURES, ProcessWorker, WorkerError, WorkerVecEnv
+from sb3_dsrl.envs.ray_workers import RayWorker
+from sb3_dsrl.envs.worker_vec_env import MAX_FAILURES, WorkerVecEnv
+from sb3_dsrl.envs.workers import ProcessWorker, WorkerError
 from tests.envs import Numbered, numbered, tiny_flow
 
 WORKERS = [ProcessWorker, RayWorker]
@@ -211,7 +212,7 @@ import os, signal
 import gymnasium as gym
 import numpy as np
 from sb3_dsrl import ActionChunkWrapper
-from sb3_dsrl.workers import WorkerVecEnv
+from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from tests.envs import ScriptedEnv
 
 class Env(ScriptedEnv):

@@ -13,7 +13,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, NoiseSpace, VecLatentSteering
-from sb3_dsrl.wrappers import find_steering
+from sb3_dsrl.steering.vec_env import find_steering
 from tests.envs import FORMS, ScriptedEnv, gym_steered, scripted, tiny_flow, vec_steered
 
 GAMMA = 0.9
@@ -195,7 +195,7 @@ def test_num_steps_of_the_wrapper_decodes(form: str, flow):
 def test_act_horizon_mode_draws_the_rest_from_the_prior(form: str, action_offset: int):
     """The steered noise sits where the executed actions are; the rest is N(0, I), and a seed reproduces it."""
     flow = tiny_flow(pred_horizon=6, act_horizon=3, action_offset=action_offset)
-    flow.velocity.forward = lambda x, t, d, cond: x.flip(1)  # so that the executed part depends on the rest
+    flow.net.forward = lambda x, t, d, cond: x.flip(1)  # so that the executed part depends on the rest
     w = 0.1 * noises(4, 2, (3, 2))
 
     def play(seed: int) -> np.ndarray:

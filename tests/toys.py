@@ -10,7 +10,7 @@ from gymnasium import spaces
 from torch import nn
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder
-from sb3_dsrl.networks import VelocityNet
+from sb3_dsrl.policies.networks import VelocityNet
 
 
 class LinearVelocity(VelocityNet):

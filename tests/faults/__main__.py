@@ -11,7 +11,7 @@ from tests.faults import CASES, play
 
 if __name__ == "__main__":
     th.set_num_threads(1)
-    multiprocessing.set_forkserver_preload(["sb3_dsrl.maniskill", "tests.envs"])
+    multiprocessing.set_forkserver_preload(["sb3_dsrl.envs.maniskill", "tests.envs"])
     total, failures = 0, 0
     for title, cases in CASES.items():
         print(f"\n## {title}\n\n| case | outcome | message |\n|---|---|---|", flush=True)

@@ -10,8 +10,8 @@ from gymnasium import spaces
 from stable_baselines3 import PPO, SAC
 
 from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, ppo_kwargs, train_flow
-from sb3_dsrl.maniskill import make_latent_env
-from sb3_dsrl.workers import WorkerVecEnv
+from sb3_dsrl.envs.maniskill import make_latent_env
+from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from tests.demo_files import scripted_episode, write_demos
 from tests.envs import numbered, scripted, tiny_flow, vec_steered
 from tests.faults.case import Case

@@ -10,8 +10,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from sb3_dsrl.demos import chunk_transitions, load_demos
-from sb3_dsrl.integrity import write_sums
+from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demos import chunk_transitions
+from sb3_dsrl.utils.integrity import write_sums
 from tests.demo_files import scripted_episode, write_demos
 from tests.faults.case import Case
 

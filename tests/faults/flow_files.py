@@ -10,7 +10,7 @@ import torch as th
 from safetensors.torch import load_file, save_file
 
 from sb3_dsrl import FlowPolicy
-from sb3_dsrl.diffusion import DiffusionPolicy
+from sb3_dsrl.policies.diffusion import DiffusionPolicy
 from tests.envs import tiny_flow
 from tests.faults.case import Case
 from tests.faults.demo_files import flip

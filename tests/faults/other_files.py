@@ -9,8 +9,8 @@ import torch as th
 from stable_baselines3 import PPO
 
 from sb3_dsrl import LatentPolicy, ppo_kwargs
-from sb3_dsrl.integrity import check_zip
-from sb3_dsrl.legacy import load_awsc_checkpoint
+from sb3_dsrl.policies.awsc import load_awsc_checkpoint
+from sb3_dsrl.utils.integrity import check_zip
 from tests.envs import scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
 from tests.faults.demo_files import flip_contents

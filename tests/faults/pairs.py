@@ -11,9 +11,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl import FlowPolicy, LatentSteeringWrapper, collect_rollouts, evaluate, load_demos, ppo_kwargs, pretrain_latent
-from sb3_dsrl.demos import Demos
-from sb3_dsrl.features import demo_transitions
-from sb3_dsrl.offline import train_flow
+from sb3_dsrl.stage0.demos import Demos
+from sb3_dsrl.stage0.features import demo_transitions
+from sb3_dsrl.stage0.flow_matching import train_flow
 from tests.demo_files import scripted_episode, write_demos
 from tests.envs import scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
@@ -170,7 +170,7 @@ CASES = [
     Case(
         "flow and evaluated model: another flow",
         saved_model(lambda path: evaluate(PPO.load(path), env(1), 1)),
-        r"The player steers flow \w+, but the env steers flow \w+",
+        r"The actor steers flow \w+, but the env steers flow \w+",
     ),
     Case(
         "flow and stage 1: another flow",

@@ -25,8 +25,8 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
-from sb3_dsrl.batched import BatchedChunkEnv
-from sb3_dsrl.workers import WorkerError
+from sb3_dsrl.envs.workers import WorkerError
+from sb3_dsrl.steering.batched import BatchedChunkEnv
 from tests.demo_files import scripted_episode, write_demos
 from tests.envs import BatchedScriptedEnv, Numbered, ScriptedEnv, numbered, scripted, tiny_flow, vec_steered
 from tests.faults.case import Case

@@ -1,0 +1,99 @@
+"""ManiSkill's envs as standard gym envs: unbatched, with flat images, seeded episode by episode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import mani_skill.envs  # noqa: F401  registers the envs
+import numpy as np
+from gymnasium import spaces
+from mani_skill.utils.wrappers import CPUGymWrapper, FlattenRGBDObservationWrapper
+
+
+def unbatched(env: gym.Env) -> gym.Env:
+    """
+    A single CPU ManiSkill env as a standard gym env: NumPy, no batch dimension.
+
+    :param env: as ``gym.make`` returns it; an env that ManiSkill's ``CPUGymWrapper`` already wraps keeps it
+    :raises ValueError: if it simulates several envs or runs on the GPU
+    """
+    base: Any = env.unwrapped
+    if base.num_envs > 1 or base.gpu_sim_enabled:
+        raise ValueError(
+            f"This wrapper is for one CPU env, but {base.spec.id} simulates num_envs={base.num_envs} on {base.device}; "
+            f"use make_latent_env({base.spec.id!r}, flow, n_envs={base.num_envs})"
+        )
+    layer = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, CPUGymWrapper):
+            return EpisodeSeeds(env)
+        layer = layer.env
+    return EpisodeSeeds(CPUGymWrapper(flat_images(env)))
+
+
+def flat_images(env: gym.Env) -> gym.Env:
+    """
+    Image observations as a flat dict of ``state`` and ``rgb`` or ``depth`` or both, rendered only where they are seen. Other
+    envs stay as they are.
+
+    :param env: a ManiSkill env
+    """
+    base: Any = env.unwrapped
+    space = base.single_observation_space
+    if not isinstance(space, spaces.Dict) or base.obs_mode == "state_dict":
+        return env
+    env = RenderOnDemand(env)
+    return FlattenRGBDObservationWrapper(env) if "sensor_data" in space.spaces else env
+
+
+class RenderOnDemand(gym.Wrapper):
+    """
+    An env whose cameras can be switched off for a while. Meanwhile its images stay as they were; everything else is fresh.
+
+    Inside a chunk nobody looks at most frames, and without a GPU a frame costs ten times what the physics of a step does.
+
+    :param env: a ManiSkill env with image observations
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        base: Any = env.unwrapped
+        self._rendering = True
+        self._last: dict[str, Any] | None = None
+        self._capture = base._get_obs_sensor_data
+        base._get_obs_sensor_data = self._sensor_data
+
+    def set_rendering(self, rendering: bool) -> None:
+        """
+        :param rendering: whether the next observations show new images
+        """
+        self._rendering = rendering
+
+    def _sensor_data(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self._rendering or self._last is None:
+            self._last = self._capture(*args, **kwargs)
+        return {camera: dict(images) for camera, images in self._last.items()}
+
+
+class EpisodeSeeds(gym.Wrapper):
+    """
+    Gives every episode a seed of its own, drawn from the one that the env was seeded with.
+
+    ManiSkill starts an episode without a seed from torch's global generator, which forked workers share: their
+    episodes would all start alike, and differently in every run.
+
+    :param env: a ManiSkill env
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._rng = np.random.default_rng()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """The given seed, or the next one of those that follow from the last seed given."""
+        if seed is None:
+            seed = int(self._rng.integers(2**31))
+        else:
+            self._rng = np.random.default_rng(seed)
+        return self.env.reset(seed=seed, options=options)

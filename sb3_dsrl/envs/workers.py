@@ -1,0 +1,220 @@
+"""Workers: groups of envs in other processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
+
+EnvFn = Callable[[], gym.Env]
+
+
+#: Seconds that a worker has at least until its first answer: it loads libraries, a simulator, a scene.
+START_TIMEOUT = 600.0
+
+
+class WorkerError(RuntimeError):
+    """A worker that died or hangs, or an exception in one of its envs."""
+
+
+class EnvGroup:
+    """
+    What a worker holds: several envs in one process, stepped one after the other.
+
+    :param env_fns: make the envs
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+        th.set_num_threads(1)  # one worker a core: their threads would only fight
+        self._envs = DummyVecEnv(list(env_fns))
+
+    def reset(self, seeds: list[int | None], options: list[dict[str, Any]]) -> tuple[VecEnvObs, list[dict[str, Any]]]:
+        """Starts an episode in every env."""
+        self._envs._seeds, self._envs._options = seeds, options
+        return self._envs.reset(), self._envs.reset_infos
+
+    def step(self, actions: np.ndarray) -> tuple[Any, ...]:
+        """
+        :param actions: (envs of the group, H, A)
+        :return: what a VecEnv's ``step`` returns, and the reset infos
+        """
+        return (*self._envs.step(actions), self._envs.reset_infos)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the group's ``DummyVecEnv``, or returns an attribute of it."""
+        found = getattr(self._envs, name)
+        return found(*args, **kwargs) if callable(found) else found
+
+
+class Worker(ABC):
+    """
+    Carries calls to an :class:`EnvGroup` somewhere else; one call at a time.
+
+    :param env_fns: make the envs of its group
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+        self.env_fns = env_fns
+
+    @abstractmethod
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """
+        Sends a call and does not wait for it.
+
+        :param method: of :class:`EnvGroup`
+        """
+
+    @abstractmethod
+    def result(self, timeout: float | None = None) -> Any:
+        """
+        Waits for the last call.
+
+        :param timeout: seconds; a worker that takes longer is ended. None waits for ever.
+        :raises WorkerError: if the worker died or was ended, or the call raised
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the worker, also one that is busy or dead."""
+
+    @staticmethod
+    @abstractmethod
+    def available() -> int:
+        """Number of workers that make sense: the cores that there are."""
+
+
+class ProcessWorker(Worker):
+    """
+    A worker in a process of its own.
+
+    It ignores Ctrl-C, which is the main process's to handle, sees no GPU, and ends when the main process ends in whatever
+    way, since its pipe then closes.
+
+    :param env_fns: make the envs of its group
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+        super().__init__(env_fns)
+        # forked from a server that holds no threads, locks or CUDA context of the main process
+        context = multiprocessing.get_context("forkserver")
+        self._pipe, remote = context.Pipe()
+        self._process = context.Process(target=_serve, args=(remote, CloudpickleWrapper(list(env_fns))), daemon=True)
+        with _one_thread_each():
+            self._process.start()
+        remote.close()
+        self._call = 0
+        self._lost = False
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """See :class:`Worker`."""
+        self._call += 1
+        try:
+            self._pipe.send((self._call, method, args, kwargs))
+        except (BrokenPipeError, ConnectionError):
+            self._lost = True
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See :class:`Worker`."""
+        call, ok = 0, False
+        value: Any = None
+        while call != self._call and not self._lost:  # skips the answer to a call that Ctrl-C interrupted
+            try:
+                if not self._answers(timeout):
+                    self._lost = True
+                    self._process.kill()
+                    raise WorkerError(f"process {self._process.pid} gave no answer for {timeout:g} s and was ended")
+                call, ok, value = self._pipe.recv()
+            except (EOFError, ConnectionError):
+                self._lost = True
+        if self._lost:
+            self._process.join(timeout=5)
+            code = self._process.exitcode
+            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            raise WorkerError(f"process {self._process.pid} died ({how})")
+        if not ok:
+            trace, exception = value
+            raise WorkerError(f"an exception in process {self._process.pid}:\n{trace}") from exception
+        return value
+
+    def _answers(self, timeout: float | None) -> bool:
+        if timeout is None:
+            return self._pipe.poll(None)
+        # Second by second: the hours for which a job is stopped (Ctrl-Z), workers and all, are one of them.
+        while not self._pipe.poll(min(max(timeout, 0.0), 1.0)):
+            timeout -= 1.0
+            if timeout <= 0:
+                return False
+        return True
+
+    def close(self) -> None:
+        """See :class:`Worker`."""
+        self._pipe.close()  # the worker ends when it finds its pipe closed
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+
+    @staticmethod
+    def available() -> int:
+        """The cores that this process may use."""
+        return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """
+    Libraries decide on their threads when they are loaded. The fork server loads them, and the first worker that starts
+    starts it; with one worker a core, more threads than one only take the cores away from each other.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")  # the last is Mesa's lavapipe
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _serve(pipe: Connection, env_fns: CloudpickleWrapper) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CUDA context costs each worker hundreds of MB
+    group: EnvGroup | None = None
+    while True:
+        try:
+            call, method, args, kwargs = pipe.recv()
+        except (EOFError, ConnectionError):
+            break
+        try:
+            if group is None:
+                group = EnvGroup(env_fns.var)
+            answer = (call, True, getattr(group, method)(*args, **kwargs))
+        except BaseException as exception:
+            # an exception of some other class might not survive the way
+            builtin = exception if type(exception).__module__ == "builtins" else None
+            answer = (call, False, (traceback.format_exc(), builtin))
+        try:
+            pipe.send(answer)
+        except (BrokenPipeError, ConnectionError):
+            break
+        except Exception:  # what cannot be pickled
+            trace = traceback.format_exc() if answer[1] else answer[2][0]
+            pipe.send((call, False, (trace, None)))
+    if group is not None:
+        group.call("close")

@@ -1,0 +1,1 @@
+"""Playing and measuring: evaluation, rollouts, free controls, steerability."""

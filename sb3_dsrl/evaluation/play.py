@@ -1,0 +1,168 @@
+"""Plays a fixed quota of episodes per env, and evaluates with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from tqdm import tqdm
+
+from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
+from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.steering.noise_space import NoiseSpace
+
+
+class Predictor(Protocol):
+    """What SB3 algorithms and policies have in common here."""
+
+    def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[np.ndarray, Any]:
+        """Maps observations (N, C) to actions (N, T, A)."""
+
+
+#: A model, a policy, a frozen flow (its prior), the name of a control ("prior", "zero") or one fixed noise (T, A).
+Actor = Predictor | SteerablePolicy | str | np.ndarray
+
+
+@dataclass
+class MacroStep:
+    """One step of all envs; ``counts`` says which of them still play an episode of their quota."""
+
+    obs: np.ndarray
+    w: np.ndarray
+    rewards: np.ndarray
+    dones: np.ndarray
+    infos: list[dict[str, Any]]
+    next_obs: np.ndarray
+    counts: np.ndarray
+
+
+def quota_per_env(episodes: int, n_envs: int) -> np.ndarray:
+    """
+    :param episodes: in all
+    :param n_envs: envs that play them
+    :return: episodes of each env, (n_envs,)
+    """
+    return np.full(n_envs, episodes // n_envs) + (np.arange(n_envs) < episodes % n_envs)
+
+
+def play(
+    actor: Actor,
+    env: gym.Env | VecEnv,
+    episodes: int,
+    seed: int = 0,
+    deterministic: bool = True,
+    progress_bar: bool = False,
+    name: str = "episodes",
+    noise_seed: int | None = None,
+) -> Iterator[MacroStep]:
+    """
+    Plays a fixed quota of episodes in each env. (Taking the first that finish would favour the short ones.)
+
+    The same seed and number of envs start the same episodes, whatever plays them, in ManiSkill's envs on the CPU. A GPU
+    simulator and other gym envs go on with one random generator, so there it holds as long as all episodes are equally long
+    (and, in a gym env, draw equally many random numbers).
+
+    :param actor: see :data:`Actor`
+    :param env: steered env, gym or vectorised
+    :param episodes: in all; split evenly over the envs
+    :param seed: of the envs
+    :param deterministic: passed on to ``predict``
+    :param progress_bar: show a progress bar
+    :param name: shown beside the bar
+    :param noise_seed: of the noise; None is ``seed``
+    :raises ValueError: if there is no episode to play, or the actor is unknown or was made for another flow
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, found {episodes}")
+    venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
+    noise_seed = seed if noise_seed is None else noise_seed
+    act = _actor(actor, venv, noise_seed, deterministic)
+    quota = quota_per_env(episodes, venv.num_envs)
+    venv.seed(seed)
+    obs = np.asarray(venv.reset())
+    gpus = range(th.cuda.device_count() if th.cuda.is_initialized() else 0)  # manual_seed seeds them, too
+    with tqdm(total=episodes, desc=name, disable=not progress_bar) as bar, th.random.fork_rng(gpus):
+        th.manual_seed(noise_seed)
+        while quota.any():
+            w = act(obs)
+            next_obs, rewards, dones, infos = venv.step(w)
+            failed = np.array([info.get("worker_failed", False) for info in infos])
+            counts = (quota > 0) & ~failed  # the episode that a failed worker lost is played again
+            yield MacroStep(obs, w, rewards, dones, infos, np.asarray(next_obs), counts)
+            finished = dones & counts
+            bar.update(int(finished.sum()))
+            quota = quota - finished
+            obs = np.asarray(next_obs)
+
+
+def evaluate(
+    actor: Actor,
+    env: gym.Env | VecEnv,
+    episodes: int = 100,
+    *,
+    name: str | None = None,
+    seed: int = 1_000_000,
+    deterministic: bool = True,
+    progress_bar: bool = False,
+    noise_seed: int | None = None,
+) -> EvalResult:
+    """
+    Success, return and length over a fixed quota of episodes per env.
+
+    Let the env ignore terminations, so that ``success_at_end`` is judged at the time limit. Report deterministic and
+    stochastic play: they can differ widely.
+
+    :param actor: a model, a policy, a :class:`SteerablePolicy` or "prior" (w ~ N(0, I)), "zero" (w = 0), or a noise (T, A)
+    :param env: steered env, gym or vectorised
+    :param episodes: in all; split evenly over the envs
+    :param name: of the result; None takes the control's name or "model"
+    :param seed: of the envs
+    :param deterministic: w is the policy's mean; otherwise it is sampled from the policy
+    :param progress_bar: show a progress bar
+    :param noise_seed: of the noise, for the same episodes under other noise; None is ``seed``
+    :raises ValueError: if the env does not report success
+    """
+    if name is None:
+        name = actor if isinstance(actor, str) else "prior" if isinstance(actor, SteerablePolicy) else "model"
+    infos = [
+        info
+        for step in play(actor, env, episodes, seed, deterministic, progress_bar, f"evaluate {name}", noise_seed)
+        for info in _final_infos(step)
+    ]
+    for key in ("episode_return", "success_once"):
+        if key not in infos[0]:
+            raise ValueError(
+                f"The env's info holds no {key!r} at the end of an episode; expected an ActionChunkWrapper that sees success"
+            )
+    return EvalResult.of(name, *(np.array([info[key] for info in infos]) for key in OUTCOME))
+
+
+def _final_infos(step: MacroStep) -> list[dict[str, Any]]:
+    return [step.infos[i] for i in np.flatnonzero(step.counts & step.dones)]
+
+
+def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:
+    shape = (venv.num_envs, *venv.action_space.shape)  # type: ignore[misc]
+    space: Any = venv.action_space
+    if isinstance(actor, SteerablePolicy):
+        actor = "prior"
+    if isinstance(actor, str):
+        if actor == "prior":
+            rng = np.random.default_rng(seed)
+            return lambda obs: rng.standard_normal(shape).clip(space.low, space.high).astype(np.float32)
+        if actor == "zero":
+            return lambda obs: np.zeros(shape, np.float32)
+        raise ValueError(f"Unknown control {actor!r}; expected 'prior' (w ~ N(0, I)) or 'zero' (w = 0)")
+    if isinstance(actor, np.ndarray):
+        fixed = np.broadcast_to(actor.astype(np.float32), shape).clip(space.low, space.high)
+        return lambda obs: fixed
+    own = getattr(actor, "action_space", None)
+    if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace) and own.flow_hash != space.flow_hash:
+        raise ValueError(f"The actor steers flow {own.flow_hash}, but the env steers flow {space.flow_hash}")
+    predictor = actor
+    return lambda obs: predictor.predict(obs, deterministic=deterministic)[0]

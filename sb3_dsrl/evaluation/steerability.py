@@ -1,0 +1,225 @@
+"""Can latent steering help this flow? A few hundred episodes tell, before anything is trained.
+
+Letters in shapes: ``S`` states, ``M`` noises, ``T`` = pred_horizon, ``H`` = act_horizon, ``A`` action dim, ``C`` features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import torch as th
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+
+from sb3_dsrl.evaluation.best_of import BestOfM
+from sb3_dsrl.evaluation.play import Actor, evaluate, quota_per_env
+from sb3_dsrl.evaluation.results import EvalResult
+from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
+from sb3_dsrl.evaluation.steerability_report import ActionSpread, SteerabilityReport
+from sb3_dsrl.evaluation.tickets import find_ticket
+from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.networks import EnsembleChunkCritic
+from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demos import Demos, chunks_from_now
+from sb3_dsrl.stage0.features import check_demos_fit, encode_demos
+from sb3_dsrl.steering.steering import Steering
+from sb3_dsrl.steering.vec_env import find_steering
+
+#: Base and controls play starts of their own: not those of the search for a ticket, of a gate or of a script's evaluation.
+TEST_SEED = 2_000_000
+
+
+def steerability(
+    flow: SteerablePolicy,
+    env: gym.Env | VecEnv,
+    critic: EnsembleChunkCritic | None = None,
+    demos: Demos | str | Path | None = None,
+    *,
+    episodes: int = 400,
+    n_tickets: int = 16,
+    n_candidates: int = 16,
+    kappa: float = 1.0,
+    seed: int = 0,
+    progress_bar: bool = False,
+) -> SteerabilityReport:
+    """
+    Tries what steering could do to a flow, before anything is trained.
+
+    A quarter of the episodes is the flow itself. An eighth each goes to w = 0, to the best fixed noise, once it is chosen,
+    and to the best of M by the critic (or, without a critic, to other noises of the prior), all from the same starts as the
+    first half of the base episodes. The rest searches the fixed noise, on other starts: with the defaults 16 noises play 7
+    episodes and the best 3 of them 12 more.
+
+    :param flow: the flow that the env steers
+    :param env: steered env, gym or vectorised; let it ignore terminations, so that ``success_at_end`` is judged at the time
+        limit
+    :param critic: ensemble chunk critic; None is the flow's own, if that is trained
+    :param demos: the flow's demos, or the path of an ``.h5`` file, to compare the spread of actions with; or None
+    :param episodes: at most, in all
+    :param n_tickets: K, fixed noises that are tried
+    :param n_candidates: M of the best of M
+    :param kappa: the critic's score is mean - kappa * std over the ensemble
+    :param seed: of noises and episodes
+    :param progress_bar: show progress bars
+    :raises ValueError: if the env steers another flow or reports no success, the demos do not fit, or the episodes are too few
+    """
+    steering = find_steering(env)
+    if steering.action_space.flow_hash != flow.fingerprint():
+        raise ValueError(
+            f"The env steers the flow {steering.action_space.flow_hash}, but flow is {flow.fingerprint()}: expected the same"
+        )
+    if isinstance(demos, (str, Path)):
+        demos = load_demos(demos)
+    if demos is not None:  # looked at last, but a file that does not fit should not cost the episodes before
+        check_demos_fit(flow, demos)
+        if len(demos.episodes) < 2:
+            raise ValueError(f"{demos.path} holds one episode, expected at least 2 to compare with each other")
+    n_base, n_control, rounds = _split(episodes, n_tickets)
+    recorder = _OutcomeRecorder(env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env]))
+    if critic is None and flow.critic is not None and flow.critic.updates:
+        critic = flow.critic
+    best_of = None if critic is None else BestOfM(recorder, critic, n_candidates, kappa)
+    tests_seed, passes = TEST_SEED + seed, []
+
+    def test(name: str, actor: Actor, noise_seed: int | None = None) -> EvalResult:
+        how: dict[str, Any] = dict(name=name, seed=tests_seed, noise_seed=noise_seed, progress_bar=progress_bar)
+        result = evaluate(actor, recorder, n_control, **how)
+        passes.append(recorder.outcomes)
+        return result
+
+    rollouts = collect_rollouts(flow, recorder, n_base, seed=tests_seed, progress_bar=progress_bar)
+    if rollouts.result is None:
+        raise ValueError("The env's info holds no 'success_at_end' at the end of an episode: steerability is about success")
+    passes.append(recorder.outcomes)
+    zero = test("zero", "zero")
+    search = find_ticket(recorder, rounds=rounds, include_zero=False, seed=seed, progress_bar=progress_bar)
+    ticket = test("ticket", search.w)
+    if best_of is None:
+        other = test("prior again", "prior", noise_seed=seed)
+    else:
+        other = test(f"best_of_{n_candidates}", best_of)
+    auc_first, auc_episode = (None, None) if critic is None else _critic_auc(critic, rollouts, kappa)
+    return SteerabilityReport(
+        base=replace(rollouts.result, name="prior"),
+        zero=zero,
+        ticket=ticket,
+        best_of=None if best_of is None else other,
+        search=search,
+        search_episodes=rounds[0][1],
+        spread=_action_spread(steering, rollouts, demos, seed),
+        auc_first_chunk=auc_first,
+        auc_episode=auc_episode,
+        tries=_paired(passes, n_control),
+        rollouts=rollouts,
+        env_steps=recorder.env_steps,
+    )
+
+
+def rank_auc(score: np.ndarray, success: np.ndarray) -> float | None:
+    """
+    Area under the ROC curve: the probability that a success has a higher score than a failure; a tie counts half.
+
+    :param score: (n,)
+    :param success: (n,)
+    :return: None if all are successes or all are failures
+    """
+    n_success = int(success.sum())
+    n_failures = len(success) - n_success
+    if not n_success or not n_failures:
+        return None
+    ranks = pd.Series(score).rank().to_numpy()[success.astype(bool)].sum()
+    return float((ranks - n_success * (n_success + 1) / 2) / (n_success * n_failures))
+
+
+class _OutcomeRecorder(VecEnvWrapper):
+    """
+    Counts every env step that anything takes, and keeps the outcomes of the episodes since the last reset, by env and in
+    order: the same seed starts the same episodes, so outcomes of two actors can be compared start by start.
+
+    :param venv: steered envs
+    """
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.env_steps = 0
+        self.outcomes: list[list[bool]] = []
+
+    def reset(self) -> VecEnvObs:
+        self.outcomes = [[] for _ in range(self.num_envs)]
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        for outcomes, info in zip(self.outcomes, infos, strict=True):
+            self.env_steps += info["chunk_length"]
+            if "success_at_end" in info:
+                outcomes.append(bool(info["success_at_end"]))
+        return obs, rewards, dones, infos
+
+
+def _paired(passes: list[list[list[bool]]], episodes: int) -> np.ndarray:
+    """
+    Start by start, what came of it in every pass, (episodes, passes). What an env played beyond its quota is left out:
+    only short episodes leave time for that.
+    """
+    quotas = quota_per_env(episodes, len(passes[0]))
+    of_envs = zip(quotas, zip(*passes, strict=True), strict=True)
+    return np.array([tries for quota, played in of_envs for tries in zip(*(one[:quota] for one in played), strict=True)])
+
+
+def _split(episodes: int, n_tickets: int) -> tuple[int, int, tuple[tuple[int, int], tuple[int, int]]]:
+    """Base episodes, those of each control, and the rounds of the search."""
+    if n_tickets < 2:
+        raise ValueError(f"n_tickets must be at least 2, found {n_tickets}")
+    search, finalists = episodes * 3 // 8, max(1, n_tickets // 5)
+    each = search * 3 // 4 // n_tickets
+    if each < 2:  # one episode tells nothing of luck
+        fewest = next(n for n in range(episodes + 1, 8 * n_tickets + 1) if n * 3 // 8 * 3 // 4 >= 2 * n_tickets)
+        raise ValueError(f"episodes must be at least {fewest} for {n_tickets} tickets, found {episodes}")
+    return episodes // 4, episodes // 8, ((n_tickets, each), (finalists, (search - each * n_tickets) // finalists))
+
+
+@th.no_grad()
+def _critic_auc(critic: EnsembleChunkCritic, rollouts: Rollouts, kappa: float) -> tuple[float | None, float | None]:
+    device = next(critic.parameters()).device
+    score = critic.get_ucb_q(rollouts.cond.to(device), rollouts.chunk.to(device), kappa).cpu().numpy()
+    first = np.flatnonzero(np.diff(rollouts.episode, prepend=-1))
+    mean = np.bincount(rollouts.episode, weights=score) / np.bincount(rollouts.episode)
+    return rank_auc(score[first], rollouts.success_at_end), rank_auc(mean, rollouts.success_at_end)
+
+
+@th.no_grad()
+def _action_spread(
+    steering: Steering,
+    rollouts: Rollouts,
+    demos: Demos | None,
+    seed: int,
+    n_states: int = 128,
+    n_noises: int = 32,
+    n_similar: int = 8,
+) -> ActionSpread:
+    flow, generator = steering.flow, th.Generator().manual_seed(seed)
+    states = rollouts.cond[th.randperm(len(rollouts), generator=generator)[:n_states]].to(flow.device)
+    w = steering.choices(len(states), n_noises, generator=generator)
+    chunks = flow.executed(flow.decode(states, w.to(flow.device), steering.num_steps)).cpu()
+    noise = chunks.var(dim=1).mean(dim=0).sqrt().numpy()
+    if demos is None:
+        return ActionSpread(noise, rollouts.chunk.std(dim=0, unbiased=False).numpy(), "base episodes", None)
+    encoded = encode_demos(flow, demos).episodes
+    of_demos = [chunks_from_now(episode, demos.control_mode, flow.act_horizon) for episode in demos.episodes]
+    # One state an episode: its neighbours in time are no other choice that a demonstrator made.
+    nearest = [th.cdist(states.cpu(), th.from_numpy(episode.obs[:-1])).min(dim=1) for episode in encoded]
+    order = np.stack([found.values.numpy() for found in nearest]).argsort(axis=0)[:n_similar, :, None, None]
+    candidates = np.stack([chunk[found.indices.numpy()] for chunk, found in zip(of_demos, nearest, strict=True)])
+    similar = np.take_along_axis(candidates, order, axis=0)  # (8, S, H, A)
+    return ActionSpread(
+        noise,
+        np.concatenate(of_demos).std(axis=0),
+        "demos",
+        np.sqrt(similar.var(axis=0, ddof=1).mean(axis=0)),
+    )

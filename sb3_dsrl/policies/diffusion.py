@@ -1,0 +1,84 @@
+"""A diffusion policy that can be steered: DDIM without noise of its own maps each noise to one chunk."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from sb3_dsrl.policies.flow import CODERS, FlowPolicy
+from sb3_dsrl.policies.losses import noise_prediction_loss
+
+try:
+    from diffusers import DDIMScheduler
+except ImportError as error:
+    raise ImportError("DiffusionPolicy needs the scheduler of diffusers: pip install 'sb3-dsrl[diffusion]'") from error
+
+#: K, noise levels of the training. It has many divisors: steps of equal length exist only for those.
+N_LEVELS = 120
+
+
+class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "diffusion"], coders=CODERS):
+    """
+    Diffusion policy over action chunks (https://arxiv.org/abs/2303.04137), decoded by DDIM with eta = 0
+    (https://arxiv.org/abs/2010.02502). That is deterministic, so its initial noise can be steered like that of a flow.
+
+    The network predicts the noise: what :class:`~sb3_dsrl.FlowPolicy` calls its velocity field is ``eps(x, t | cond)`` here,
+    asked with d = 0 and t = 1 - k / K at noise level k, so that t runs from noise to chunk as in a flow. Train one with
+    ``train_flow(demos, policy_class=DiffusionPolicy)``. All arguments are those of :class:`~sb3_dsrl.FlowPolicy`.
+    """
+
+    def decode(self, cond: th.Tensor, w: th.Tensor, num_steps: int | None = None) -> th.Tensor:
+        """
+        Denoises from noise to chunk.
+
+        :param cond: (B, C)
+        :param w: noise, (B, T, A), or M noises for each observation, (B, M, T, A)
+        :param num_steps: DDIM steps, a divisor of 120 such as 5, 8, 10 or 20; None is the policy's own ``num_steps``
+        :return: chunks of the shape of w, clipped to [-1, 1]
+        :raises ValueError: if ``num_steps`` is no divisor
+        """
+        n = self.num_steps if num_steps is None else num_steps
+        if n < 1 or N_LEVELS % n:
+            raise ValueError(f"num_steps must divide {N_LEVELS}, found {n}")
+        scheduler = _scheduler()
+        scheduler.set_timesteps(n)
+        x = w.reshape(-1, *self.noise_shape)
+        cond = cond.repeat_interleave(len(x) // len(cond), dim=0)
+        for k in scheduler.timesteps:
+            eps = self.net(x, *_times(k.expand(len(x)).to(x.device)), cond)
+            x = scheduler.step(eps, k, x, eta=0.0).prev_sample
+        return x.reshape(w.shape).clamp(-1.0, 1.0)
+
+    def imitation_loss(
+        self,
+        teacher: nn.Module,
+        cond: th.Tensor,
+        chunk: th.Tensor,
+        weights: th.Tensor | None = None,
+        consistency_fraction: float = 0.0,
+    ) -> dict[str, th.Tensor]:
+        """
+        What stage 0 minimises.
+
+        :param teacher: not used
+        :param cond: (B, C)
+        :param chunk: (B, T, A)
+        :param weights: weight of each sample, (B,); None is 1
+        :param consistency_fraction: not used
+        :return: name -> loss
+        """
+        noise = th.randn_like(chunk)
+        k = th.randint(N_LEVELS, (len(chunk),), device=chunk.device)
+        noisy = _scheduler().add_noise(chunk, noise, k)
+        return {"flow/noise_prediction_loss": noise_prediction_loss(self.net(noisy, *_times(k), cond), noise, weights)}
+
+
+@lru_cache(maxsize=1)  # building the schedule takes a Python loop; every user sets its time steps itself
+def _scheduler() -> Any:  # diffusers' lazy imports hide its types
+    return DDIMScheduler(N_LEVELS, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+
+
+def _times(k: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    t = 1.0 - k.float() / N_LEVELS
+    return t, th.zeros_like(t)

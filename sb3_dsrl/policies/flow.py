@@ -1,0 +1,291 @@
+"""The frozen policy that is steered: noise in, action chunk out."""
+
+# No ``from __future__ import annotations`` here: the hub mixin reads the annotations of ``__init__`` to rebuild networks.
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate
+from sb3_dsrl.policies.encoders import ImageEncoder, ObsEncoder, StateEncoder
+from sb3_dsrl.policies.losses import shortcut_loss
+from sb3_dsrl.policies.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
+from sb3_dsrl.utils.integrity import one_line, sha256
+from sb3_dsrl.utils.observations import map_frames
+
+
+def _to_config(net: Any) -> Any:
+    if not isinstance(net, nn.Module):
+        return net
+    if not isinstance(net, Network):
+        raise ValueError(
+            f"Only subclasses of sb3_dsrl.policies.networks.Network can be saved, since they know what they were built with; "
+            f"found {type(net).__name__}"
+        )
+    return {"class": type(net).__name__, **{key: _to_config(value) for key, value in net.config.items()}}
+
+
+def _from_config(config: Any) -> Any:
+    if not (isinstance(config, dict) and "class" in config):
+        return config
+    kwargs = {key: _from_config(value) for key, value in config.items()}
+    name = kwargs.pop("class")
+    if name not in Network.classes:
+        raise ValueError(f"config.json names the network class {name!r}, which is unknown; import the module that defines it")
+    return Network.classes[name](**kwargs)
+
+
+def _sha256(config: dict[str, Any], folder: Path) -> str:
+    """Of configuration and weights together: safetensors files have no checksum, and every key of the first matters, too."""
+    known = {key: value for key, value in config.items() if key != "sha256"}
+    return sha256(folder / "model.safetensors", json.dumps(known, sort_keys=True).encode())
+
+
+def _check_sha256(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "sha256" in config and config["sha256"] != _sha256(config, folder):
+        raise ValueError(
+            "config.json or model.safetensors is damaged or was changed after it was saved (sha256); if it was changed on "
+            "purpose, remove the key 'sha256' from config.json"
+        )
+
+
+#: How the hub mixin builds networks from ``config.json``; subclasses must name it, too. What it writes at construction is
+#: replaced when the policy is saved.
+CODERS: dict[type, Any] = {
+    net: (lambda net: type(net).__name__, _from_config) for net in (VelocityNet, ObsEncoder, EnsembleChunkCritic)
+}
+
+
+#: Subclasses that come with the package, for folders that name them
+SUBCLASSES = {"DiffusionPolicy": "sb3_dsrl.policies.diffusion"}
+
+
+def _saved_by(folder: Path) -> type["FlowPolicy"]:
+    name = json.loads((folder / "config.json").read_text()).get("policy_class")
+    return getattr(import_module(SUBCLASSES[name]), name) if name in SUBCLASSES else FlowPolicy
+
+
+class FlowPolicy(
+    SteerablePolicy, PyTorchModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "flow-matching"], coders=CODERS
+):
+    """
+    Shortcut-flow policy over action chunks, with the chunk critic that was trained beside it.
+
+    ``encode`` turns observations into features, ``decode`` turns features and noise into a chunk. Everything a stranger
+    needs to run it is in the folder that ``save_pretrained`` writes (``config.json`` and ``model.safetensors``).
+
+    :param encoder: observation encoder; its output has ``encoder.cond_dim`` = C features
+    :param net: velocity field v(x, t, d | cond) over (T, A)
+    :param critic: ensemble chunk critic, or None
+    :param act_horizon: H, env steps of each chunk that are executed
+    :param num_steps: default number of steps of :meth:`decode`
+    :param action_offset: index of the chunk's entry that is the action for *now*; other than 0 in legacy checkpoints only
+    :param env_id: environment that the demos came from
+    :param obs_mode: ManiSkill observation mode
+    :param control_mode: ManiSkill controller that the actions are for
+    :param gamma: discount per env step that the critic was trained with
+    :param reward_scale: factor on the rewards that the critic was trained with
+    :param policy_class: name of the class that saved this policy, for a check; None checks nothing
+    :raises ValueError: if the horizons or the networks do not fit each other, or another class saved the policy
+    """
+
+    def __init__(
+        self,
+        encoder: ObsEncoder,
+        net: VelocityNet,
+        critic: EnsembleChunkCritic | None = None,
+        act_horizon: int = 8,
+        num_steps: int = 8,
+        action_offset: int = 0,
+        env_id: str | None = None,
+        obs_mode: str = "state",
+        control_mode: str | None = None,
+        gamma: float = 0.99,
+        reward_scale: float = 1.0,
+        policy_class: str | None = None,
+    ) -> None:
+        if policy_class is not None and policy_class != type(self).__name__:
+            raise ValueError(f"it was saved by {policy_class}: load it with {policy_class}.from_pretrained")
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, found {num_steps}")
+        super().__init__(
+            encoder.obs_shapes,
+            encoder.obs_horizon,
+            (net.pred_horizon, net.action_dim),
+            encoder.cond_dim,
+            act_horizon,
+            action_offset,
+            critic,
+            env_id,
+            obs_mode,
+            control_mode,
+            gamma,
+            reward_scale,
+        )
+        if net.cond_dim != encoder.cond_dim:
+            raise ValueError(f"net expects {net.cond_dim} features, but the encoder gives {encoder.cond_dim}")
+        self.encoder, self.net, self.num_steps = encoder, net, num_steps
+        self._integrate: Integrate = integrate
+
+    @classmethod
+    def create(
+        cls,
+        obs_dim: int,
+        action_dim: int,
+        obs_horizon: int = 2,
+        pred_horizon: int = 16,
+        act_horizon: int = 8,
+        image_shapes: dict[str, tuple[int, int, int]] | None = None,
+        backbone: nn.Module | None = None,
+        net_class: type[VelocityNet] = VelocityUNet,
+        net_kwargs: dict[str, Any] | None = None,
+        critic_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "FlowPolicy":
+        """
+        Builds an untrained policy from sizes alone.
+
+        :param obs_dim: dimensions of the state part of one frame
+        :param action_dim: A
+        :param obs_horizon: frames that the policy sees
+        :param pred_horizon: T
+        :param act_horizon: H
+        :param image_shapes: (height, width, channels) of ``rgb`` and ``depth``; None is a flat (state) observation
+        :param backbone: of the images, see :class:`~sb3_dsrl.policies.encoders.ImageEncoder`
+        :param net_class: ``VelocityUNet`` or ``VelocityMLP``
+        :param net_kwargs: further arguments of the network
+        :param critic_kwargs: further arguments of the critic
+        :param kwargs: further arguments of the policy itself
+        """
+        encoder: ObsEncoder = StateEncoder(obs_dim, obs_horizon)
+        if image_shapes:
+            encoder = ImageEncoder(obs_dim, image_shapes, backbone, obs_horizon)
+        elif backbone is not None:
+            raise ValueError("A backbone was given, but there are no images: pass image_shapes, or demos with images")
+        net = net_class(action_dim, pred_horizon, encoder.cond_dim, **(net_kwargs or {}))
+        critic = EnsembleChunkCritic(encoder.cond_dim, act_horizon, action_dim, **(critic_kwargs or {}))
+        return cls(encoder, net, critic, act_horizon=act_horizon, **kwargs)
+
+    def encode(self, obs: Any) -> th.Tensor:
+        """
+        Features of stacked observations: what the velocity field is conditioned on and what the latent policy sees.
+
+        :param obs: (B, obs_horizon, D), or a dict of such arrays or tensors; oldest frame first
+        :return: (B, C)
+        :raises ValueError: if keys or shapes are not the encoder's
+        """
+        return self.encoder(map_frames(self._tensor, obs))
+
+    def _tensor(self, x: Any) -> th.Tensor:
+        x = th.as_tensor(x, device=self.device)
+        return x if x.dtype == th.uint8 else x.float()  # images become floats where they are encoded
+
+    def decode(self, cond: th.Tensor, w: th.Tensor, num_steps: int | None = None) -> th.Tensor:
+        """
+        Integrates the flow from noise to chunk in equal shortcut steps of size ``d = 1 / num_steps``.
+
+        :param cond: (B, C)
+        :param w: noise, (B, T, A), or M noises for each observation, (B, M, T, A)
+        :param num_steps: steps; None is the policy's own ``num_steps``. Training knows the step sizes 1, 1/2, 1/4 and 1/8;
+            other numbers of steps than 1, 2, 4 and 8 rely on the network between and beyond them.
+        :return: chunks of the shape of w, clipped to [-1, 1]
+        :raises ValueError: if ``num_steps`` is not positive
+        """
+        n = self.num_steps if num_steps is None else num_steps
+        if n < 1:
+            raise ValueError(f"num_steps must be at least 1, found {n}")
+        x = self._integrate(self.net, cond, w if w.dim() == 4 else w[:, None], n)
+        return x.reshape(w.shape).clamp(-1.0, 1.0)
+
+    def accelerate(self, dtype: th.dtype | None = None, compile_kwargs: dict[str, Any] | None = None) -> "FlowPolicy":
+        """
+        Decodes in lower precision, compiled, or both, from now on. For a GPU; on a CPU the default is faster.
+        ``flow.accelerate(torch.bfloat16, dict(mode="reduce-overhead"))`` replays CUDA graphs.
+
+        :param dtype: of the matrix products (autocast); None is float32
+        :param compile_kwargs: arguments of ``torch.compile``; None does not compile
+        :return: the policy itself; ``accelerate()`` goes back to the default
+        """
+        self._integrate = integrate if dtype is None and compile_kwargs is None else accelerated(dtype, compile_kwargs)
+        return self
+
+    def imitation_loss(
+        self,
+        teacher: nn.Module,
+        cond: th.Tensor,
+        chunk: th.Tensor,
+        weights: th.Tensor | None = None,
+        consistency_fraction: float = 0.25,
+    ) -> dict[str, th.Tensor]:
+        """
+        What stage 0 minimises: the sum of these terms.
+
+        :param teacher: exponential moving average of the velocity field
+        :param cond: (B, C)
+        :param chunk: (B, T, A)
+        :param weights: weight of each sample, (B,); None is 1
+        :param consistency_fraction: part of the batch for self-consistency
+        :return: name -> loss
+        """
+        matching, consistency = shortcut_loss(self.net, teacher, cond, chunk, weights, consistency_fraction)
+        return {"flow/matching_loss": matching, "flow/consistency_loss": consistency}
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "FlowPolicy":
+        """
+        Loads a folder written by ``save_pretrained``, or a repository of the Hugging Face hub. The result is frozen.
+        ``FlowPolicy`` itself loads folders of its subclasses, too, as what they are.
+
+        :param pretrained_model_name_or_path: folder or repository id
+        :param kwargs: further arguments of ``huggingface_hub.PyTorchModelHubMixin.from_pretrained``
+        :raises FileNotFoundError: if there is no such folder or repository, or ``config.json`` or
+            ``model.safetensors`` is missing
+        :raises ValueError: if the files are damaged or do not fit each other
+        """
+        folder = Path(pretrained_model_name_or_path)
+        kwargs.setdefault("strict", True)
+        if folder.is_dir():
+            for name in ("config.json", "model.safetensors"):
+                if not (folder / name).is_file():
+                    raise FileNotFoundError(
+                        f"{folder} holds no {name}: expected a folder written by FlowPolicy.save_pretrained"
+                    )
+        try:
+            saved_by = cls
+            if folder.is_dir():
+                _check_sha256(folder)
+                saved_by = _saved_by(folder) if cls is FlowPolicy else cls
+            return super(FlowPolicy, saved_by).from_pretrained(str(pretrained_model_name_or_path), **kwargs).freeze()
+        except (OSError, HFValidationError) as error:
+            raise FileNotFoundError(
+                f"{pretrained_model_name_or_path} is neither a folder written by FlowPolicy.save_pretrained "
+                f"nor a model on the Hugging Face hub that can be reached from here"
+            ) from error
+        except Exception as error:  # what a damaged config.json or header raises depends on the byte
+            raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {one_line(error)}") from error
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        # What the policy is now, not what it was built with
+        names = ("act_horizon", "num_steps", "action_offset", "env_id", "obs_mode", "control_mode", "gamma", "reward_scale")
+        self._hub_mixin_config = dict(
+            encoder=_to_config(self.encoder),
+            net=_to_config(self.net),
+            critic=_to_config(self.critic),
+            policy_class=type(self).__name__,
+            **{name: getattr(self, name) for name in names},
+        )
+        try:
+            super()._save_pretrained(save_directory)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{save_directory / 'model.safetensors'} cannot be written: {error}") from error
+        self._hub_mixin_config["sha256"] = _sha256(self._hub_mixin_config, save_directory)

@@ -1,0 +1,1 @@
+"""Stage 0: a flow and its critic from demos."""

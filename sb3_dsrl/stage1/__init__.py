@@ -1,0 +1,1 @@
+"""Stage 1, offline: the latent policy by advantage-weighted maximum likelihood (AW-MLE)."""

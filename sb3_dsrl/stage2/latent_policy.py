@@ -1,0 +1,319 @@
+"""The latent policy pi(w | obs) over flow noise, as an SB3 actor-critic policy."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import get_device
+from torch import nn
+from torch.distributions import Normal
+
+from sb3_dsrl.stage2.distributions import PriorMixtureDistribution
+from sb3_dsrl.stage2.optimizers import SCALED, AdamLrScale, LrScale
+from sb3_dsrl.steering.noise_space import NoiseSpace
+from sb3_dsrl.utils.checkpoint import atomic_file
+from sb3_dsrl.utils.integrity import load_data, one_line
+
+LOG_STD_RANGE = (-5.0, 2.0)
+
+
+def _dummy_schedule_only(owner: Any, name: str) -> Any:
+    if owner is not BasePolicy or name != "_dummy_schedule":
+        raise UnpicklingError(f"Unsupported global: GLOBAL {owner}.{name}")
+    return BasePolicy._dummy_schedule
+
+
+#: What a saved policy holds beside tensors, numbers, strings and containers: its spaces, and what it is built of.
+SAVED_TYPES: list[Any] = [
+    spaces.Box,
+    NoiseSpace,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.bool_)},
+    # NumPy 1 and 2 call the functions that make arrays and scalars differently; whichever this is, it reads both
+    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    # the generator of a space that was sampled
+    *(np.random.Generator, np.random.PCG64, np.random.default_rng().__reduce__()[0], np.random.PCG64().__reduce__()[0]),
+    BasePolicy,
+    (_dummy_schedule_only, "builtins.getattr"),  # that is how pickle names a static method of SB3
+    FlattenExtractor,
+    *SCALED,
+    *SCALED.values(),
+    *(kind for kind in vars(th.nn.modules.activation).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
+]
+
+
+class LatentPolicy(ActorCriticPolicy):
+    """
+    Gaussian over flow noise with state-dependent mean and std, for PPO, A2C and TRPO. ``import sb3_dsrl`` registers it as
+    ``"LatentPolicy"``.
+
+    A new policy is exactly the prior N(0, I), hence the unsteered flow. While rollouts are collected, w comes from the mixture
+    ``eps * N(0, I) + (1 - eps) * pi``; :meth:`forward` and :meth:`evaluate_actions` both use the mixture's density.
+    ``predict`` uses pi alone. eps decays by ``prior_mix_decay`` between an update and the rollout after it.
+
+    :param observation_space: the flow's features, (C,)
+    :param action_space: flow noise, (T, A)
+    :param lr_schedule: learning rate of the policy; the value network's is ``value_lr`` and follows it in proportion
+    :param net_arch: hidden layers, as in SB3; None is two of 256 for the policy and two for the value
+    :param activation_fn: as in SB3
+    :param prior_mix: initial eps
+    :param prior_mix_decay: factor on eps per rollout
+    :param value_lr: learning rate of the value network; None is the policy's
+    :param centre: noise that a new policy's mean starts from, (T, A), such as a golden ticket; None is 0
+    :param log_std_init: log standard deviation of a new policy; 0 is the prior's
+    :param kwargs: further arguments of :class:`~stable_baselines3.common.policies.ActorCriticPolicy`
+    :raises ValueError: if an argument is out of range
+    """
+
+    prior_mix: th.Tensor
+    centre: th.Tensor
+    _decay_due: th.Tensor
+    action_dist: PriorMixtureDistribution
+    action_net: nn.Linear
+
+    def __init__(
+        self,
+        observation_space: Any,
+        action_space: Any,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Tanh,
+        *,
+        prior_mix: float = 0.3,
+        prior_mix_decay: float = 0.995,
+        value_lr: float | None = 1e-3,
+        centre: np.ndarray | list[Any] | None = None,
+        log_std_init: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        for name, value in (("prior_mix", prior_mix), ("prior_mix_decay", prior_mix_decay)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], found {value}")
+        if not np.isfinite(log_std_init):
+            raise ValueError(f"log_std_init must be finite, found {log_std_init}: a std is positive")
+        if net_arch is None:
+            net_arch = dict(pi=[256, 256], vf=[256, 256])
+        if value_lr is not None and value_lr <= 0:
+            raise ValueError(f"value_lr must be positive, found {value_lr}")
+        if kwargs.get("use_sde"):
+            raise ValueError("LatentPolicy has its own state-dependent std: use_sde must be False, found True")
+        self.initial_prior_mix, self.prior_mix_decay, self.value_lr = prior_mix, prior_mix_decay, value_lr
+        self._centre_init = np.zeros(action_space.shape) if centre is None else np.asarray(centre, dtype=np.float64)
+        if self._centre_init.shape != action_space.shape:
+            raise ValueError(f"centre must have the noise's shape {action_space.shape}, found {self._centre_init.shape}")
+        optimizer_class = kwargs.pop("optimizer_class", AdamLrScale)
+        optimizer_class = SCALED.get(optimizer_class, optimizer_class)
+        if value_lr is not None and not issubclass(optimizer_class, LrScale):
+            raise ValueError(
+                f"{optimizer_class.__name__} knows no lr_scale: set value_lr=None or use one of sb3_dsrl.stage2.optimizers"
+            )
+        kwargs["optimizer_class"] = optimizer_class
+        kwargs["optimizer_kwargs"] = {"eps": 1e-5, **(kwargs.get("optimizer_kwargs") or {})}
+        super().__init__(
+            observation_space, action_space, lr_schedule, net_arch, activation_fn, log_std_init=log_std_init, **kwargs
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.action_dist = PriorMixtureDistribution(int(np.prod(self.action_space.shape)))  # type: ignore[arg-type]
+        super()._build(lr_schedule)
+        # Step 0 is the base policy: the output layer gives 0, whatever the observation.
+        nn.init.zeros_(self.action_net.weight)
+        nn.init.zeros_(self.action_net.bias)
+        self.register_buffer("centre", th.as_tensor(self._centre_init.reshape(-1), dtype=th.float32))
+        # Buffers, so that they are saved with the model. float64: 0.3 * 0.995**n should not drift.
+        self.register_buffer("prior_mix", th.tensor(self.initial_prior_mix, dtype=th.float64))
+        self.register_buffer("_decay_due", th.tensor(False))
+        self._build_optimizer(lr_schedule)
+        _warn_about_gamma(self.action_space)
+
+    def _build_optimizer(self, lr_schedule: Schedule) -> None:
+        value_params = [*self.mlp_extractor.value_net.parameters(), *self.value_net.parameters()]
+        if not self.share_features_extractor:
+            value_params += self.vf_features_extractor.parameters()
+        value_ids = {id(p) for p in value_params}
+        policy_params = [p for p in self.parameters() if id(p) not in value_ids]
+        lr = float(lr_schedule(1))
+        # SB3 builds a policy that is about to be loaded with lr = 0; it is not trained before an algorithm gives it a
+        # new optimiser.
+        scale = 1.0 if self.value_lr is None or lr == 0 else self.value_lr / lr
+        groups = [dict(params=policy_params, lr_scale=1.0), dict(params=value_params, lr_scale=scale)]
+        self.optimizer = self.optimizer_class(groups, lr=lr, **self.optimizer_kwargs)  # type: ignore[call-arg, arg-type]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            prior_mix=self.initial_prior_mix,
+            prior_mix_decay=self.prior_mix_decay,
+            value_lr=self.value_lr,
+            centre=self._centre_init,
+        )
+        return data
+
+    def save(self, path: str | Path) -> None:  # type: ignore[override]
+        """
+        Saves weights and constructor arguments.
+
+        :param path: the file
+        :raises OSError: if it cannot be written, because the disk is full, say
+        """
+        with atomic_file(Path(path)) as file:
+            super().save(file)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | Path, device: th.device | str = "auto") -> LatentPolicy:  # type: ignore[override]
+        """
+        Loads what ``save`` wrote. Unlike SB3's own ``load`` it runs no code in the file; classes of your own, an
+        ``activation_fn`` say, have to be allowed with ``torch.serialization.add_safe_globals``.
+
+        :param path: the file
+        :param device: for the policy
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if it does not hold a LatentPolicy or is damaged
+        """
+        saved = load_data(path, SAVED_TYPES)
+        try:
+            policy = cls(**saved["data"])
+            policy.load_state_dict(saved["state_dict"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{path} does not hold a LatentPolicy ({one_line(error)})") from error
+        return policy.to(get_device(device))
+
+    @property
+    def flow_hash(self) -> str | None:
+        """Fingerprint of the flow that this policy steers; None if it was not built on a steered env."""
+        return self.action_space.flow_hash if isinstance(self.action_space, NoiseSpace) else None
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        SB3 calls this with True once per update and with False before each rollout and prediction. eps changes at the
+        first False after a True: never inside a rollout, never inside an update.
+        """
+        super().set_training_mode(mode)
+        if mode:
+            self._decay_due.fill_(True)
+        elif self._decay_due:
+            self._decay_due.fill_(False)
+            self.prior_mix.mul_(self.prior_mix_decay)
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> PriorMixtureDistribution:
+        mean, log_std = self.action_net(latent_pi).chunk(2, dim=-1)
+        log_std = (self.log_std + log_std).clamp(*LOG_STD_RANGE)
+        return self.action_dist.proba_distribution(self.centre + mean, log_std, float(self.prior_mix))
+
+    def pi(self, obs: PyTorchObs) -> PriorMixtureDistribution:
+        """
+        The policy alone, without the prior mixed in.
+
+        :param obs: features, (B, C)
+        """
+        distribution = self.get_distribution(obs)
+        assert isinstance(distribution, PriorMixtureDistribution)
+        distribution.prior_mix = 0.0
+        return distribution
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.sample(observation, deterministic)
+
+    def sample(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        Noise from pi alone.
+
+        :param obs: features, (B, C)
+        :param deterministic: return pi's mean
+        :return: w, (B, T, A)
+        """
+        return self.pi(obs).get_actions(deterministic).reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+
+    def log_prob(self, obs: PyTorchObs, w: th.Tensor) -> th.Tensor:
+        """
+        Log-density of pi alone.
+
+        :param obs: features, (B, C)
+        :param w: noise, (B, T, A), or M noises for each observation, (B, M, T, A)
+        :return: (B,) or (B, M)
+        """
+        normal = self.pi(obs).distribution
+        if w.dim() == 4:  # the networks see each observation once
+            return Normal(normal.mean[:, None], normal.stddev[:, None]).log_prob(w.flatten(2)).sum(dim=-1)
+        return normal.log_prob(w.flatten(1)).sum(dim=-1)
+
+    def kl_to_prior(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        KL(pi || N(0, I)).
+
+        :param obs: features, (B, C)
+        :return: (B,)
+        """
+        return self.pi(obs).kl_to_prior()
+
+    def copy_into(self, model: BaseAlgorithm) -> None:
+        """
+        Copies the weights into a model's policy. The model keeps its optimiser, its learning rates and its prior mix.
+
+        :param model: PPO, A2C or TRPO with "LatentPolicy"
+        :raises ValueError: if the model's policy steers another flow or other entries of the noise, has other networks, or
+            another discount
+        """
+        target = model.policy
+        if not isinstance(target, LatentPolicy):
+            raise ValueError(f"copy_into expects a model with 'LatentPolicy', found {type(target).__name__}")
+        ours, theirs = self.action_space, target.action_space
+        if isinstance(ours, NoiseSpace) and isinstance(theirs, NoiseSpace):
+            if ours.flow_hash != theirs.flow_hash:
+                raise ValueError(
+                    f"This policy steers flow {ours.flow_hash}, but the model's env steers flow {theirs.flow_hash}"
+                )
+            if not np.isclose(ours.macro_gamma, theirs.macro_gamma):
+                raise ValueError(
+                    f"This policy was made for macro_gamma={ours.macro_gamma:.6g}, but the model's env discounts with "
+                    f"{theirs.macro_gamma:.6g}: make both with the same gamma"
+                )
+        for name, expected, found in (
+            ("noise shape", target.action_space.shape, self.action_space.shape),
+            ("number of features", target.observation_space.shape, self.observation_space.shape),
+            ("net_arch", target.net_arch, self.net_arch),
+            ("activation_fn", target.activation_fn, self.activation_fn),
+        ):
+            if expected != found:
+                raise ValueError(f"The model's {name} is {expected}, but this policy's is {found}: build both with the same")
+        weights = self.state_dict()
+        for name in ("prior_mix", "_decay_due"):
+            weights[name] = target.state_dict()[name]
+        target.load_state_dict(weights)
+
+
+def _warn_about_gamma(action_space: Any) -> None:
+    """
+    Compares the gamma of the algorithm that is building this policy with the env's macro-step discount.
+
+    SB3 never tells a policy which algorithm it belongs to, and a default gamma of 0.99 per macro-step is a mistake
+    that nothing else would show. So look for the algorithm among the callers.
+    """
+    if not isinstance(action_space, NoiseSpace):
+        return
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, BaseAlgorithm):
+            gamma = getattr(owner, "gamma", None)
+            if gamma is not None and not np.isclose(gamma, action_space.macro_gamma, rtol=1e-6):
+                warnings.warn(
+                    f"{type(owner).__name__} discounts with gamma={gamma} per macro-step, but the env's macro-step "
+                    f"discount is {action_space.macro_gamma:.6g}: pass gamma=env.macro_gamma",
+                    stacklevel=2,
+                )
+            return

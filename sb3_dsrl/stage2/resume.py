@@ -1,0 +1,234 @@
+"""Stage 2 that survives: checkpoints of a stock on-policy algorithm while it learns, and going on from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.logger import TensorBoardOutputFormat
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from sb3_dsrl.utils.checkpoint import atomic_file, newest_readable, rng_state, set_rng_state
+from sb3_dsrl.utils.interrupt import StopSignals
+
+Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
+
+#: The attribute of a model that carries the rest of the state into SB3's zip and out of it.
+STATE = "training_state"
+
+#: Options of a reset that builds a ManiSkill scene anew.
+RECONFIGURE = MappingProxyType(dict(reconfigure=True))
+
+#: What SB3's own EvalCallback has found out so far.
+EVAL_CALLBACK = (
+    "n_calls",
+    "best_mean_reward",
+    "last_mean_reward",
+    "evaluations_timesteps",
+    "evaluations_results",
+    "evaluations_length",
+    "evaluations_successes",
+)
+
+
+def resume(algorithm: type[Algorithm], path: str | Path, env: gym.Env | VecEnv, **kwargs: Any) -> Algorithm | None:
+    """
+    The model of the newest readable checkpoint of a :class:`ResumeCallback`, or None if there is no checkpoint::
+
+        model = resume(PPO, path, env) or PPO("LatentPolicy", env, **ppo_kwargs(env))
+        remaining = total_timesteps - model.num_timesteps
+        model.learn(remaining, ResumeCallback(path), reset_num_timesteps=model.num_timesteps == 0)
+
+    Like all of SB3's zips it contains pickles: load your own only.
+
+    :param algorithm: PPO, A2C or TRPO
+    :param path: of the checkpoint
+    :param env: steered env, made as the one before
+    :param kwargs: further arguments of ``algorithm.load``
+    :raises ValueError: if no file can be read, env and model do not fit, or the file is a model and nothing more
+    """
+    found = newest_readable(Path(path))
+    if found is None:
+        return None
+    model = algorithm.load(found, env=env, **kwargs)  # type: ignore[arg-type]
+    if STATE not in vars(model):
+        raise ValueError(f"{found} is a model, but not a checkpoint of ResumeCallback: load it with {algorithm.__name__}.load")
+    return model
+
+
+class ResumeCallback(BaseCallback):
+    """
+    Checkpoints from which :func:`resume` and ``learn`` go on: the model with its optimiser, prior mix and step count, the
+    generators of Python, NumPy and torch, env steps, statistics of ``VecNormalize``, and the state of other callbacks.
+    They are written between an update and the next rollout. Schedules and TensorBoard go on where they were. On SIGINT
+    or SIGTERM the rollout and its update are finished, a checkpoint is written and
+    :class:`~sb3_dsrl.utils.interrupt.Interrupted`
+    ends the script with exit code 130 or 143; a second signal acts at once.
+
+    The inside of a simulator is not kept: after a resume all envs start new episodes, seeded with the model's seed and the
+    env steps so far. With ``restart_episodes`` an uninterrupted run does the same at every checkpoint, so a run that was
+    killed and resumed has bit for bit the parameters of one that was not. (A checkpoint upon SIGINT or SIGTERM comes out of
+    turn: the run goes on as validly, but with other episodes.) For GAE the cut episodes are truncated, as at the end of
+    any rollout; no metric counts them. Without it episodes are cut by a resume only.
+
+    A simulated scene remembers the contacts of its last episodes in the last bits, so ManiSkill's envs are built anew with
+    these resets (``reconfigure``), which takes about 0.4 s an env and checkpoint. Other envs ignore that option.
+
+    :param path: of the checkpoint, a zip that ``PPO.load`` also reads; the previous one is kept beside it
+    :param save_freq: env steps between two checkpoints, rounded up to whole rollouts; None is 3,000 of each env
+    :param keep: callbacks whose state is kept: :class:`~sb3_dsrl.SuccessEvalCallback`, SB3's ``EvalCallback``, or any with
+        ``state_dict`` and ``load_state_dict``
+    :param restart_episodes: see above
+    :param reset_options: options of the resets at a checkpoint, see above; ``{}`` saves the time and gives up the last bits
+    :raises ValueError: if ``save_freq`` is below 1 or the state of a callback is unknown
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        save_freq: int | None = None,
+        *,
+        keep: Sequence[BaseCallback] = (),
+        restart_episodes: bool = True,
+        reset_options: Mapping[str, Any] = RECONFIGURE,
+    ) -> None:
+        super().__init__()
+        if save_freq is not None and save_freq < 1:
+            raise ValueError(f"save_freq must be at least 1 env step, found {save_freq}")
+        for callback in keep:
+            if not isinstance(callback, EvalCallback) and not hasattr(callback, "load_state_dict"):
+                raise ValueError(
+                    f"The state of {type(callback).__name__} is unknown: it has no state_dict and load_state_dict"
+                )
+        self.path, self.keep = Path(path), list(keep)
+        self.restart_episodes, self.reset_options = restart_episodes, dict(reset_options)
+        #: env steps between two checkpoints; 0 before training if none were given
+        self.save_freq = save_freq or 0
+        #: env steps so far
+        self.env_steps = 0
+        self._saved = 0
+        self._resumed: dict[str, Any] | None = None
+        self._signals = StopSignals("the end of this rollout and its update")
+
+    def _init_callback(self) -> None:
+        # Here, not at the start of training: the other callbacks must have their state before they start.
+        if not isinstance(self.model, OnPolicyAlgorithm):
+            raise ValueError(
+                f"ResumeCallback is for PPO, A2C and TRPO, found {type(self.model).__name__}: its replay buffer would be "
+                f"lost; use SB3's CheckpointCallback(save_replay_buffer=True)"
+            )
+        self.save_freq = self.save_freq or 3_000 * self.training_env.num_envs
+        self._resumed = vars(self.model).pop(STATE, None)
+        if self._resumed is None:
+            return
+        done = self._resumed["num_timesteps"]
+        if self.model.num_timesteps != done:
+            raise ValueError(
+                f"This model is a checkpoint at {done} macro-steps, but learn starts at {self.model.num_timesteps}: call "
+                f"learn(total_timesteps - model.num_timesteps, ..., reset_num_timesteps=False)"
+            )
+        states = self._resumed["callbacks"]
+        if len(states) != len(self.keep):
+            raise ValueError(f"{self.path} has the state of {len(states)} callbacks, but keep has {len(self.keep)}")
+        for callback, state in zip(self.keep, states, strict=True):
+            if isinstance(callback, EvalCallback):
+                vars(callback).update(state)
+            else:
+                callback.load_state_dict(state)  # type: ignore[attr-defined]
+        self.env_steps = self._resumed["env_steps"]
+        self._saved = self.env_steps // self.save_freq
+        for records, saved in zip(self._pending_records(), self._resumed["records"], strict=True):
+            records.update(saved)
+        self._hide_later_records(done)
+
+    def _pending_records(self) -> tuple[dict[str, Any], ...]:
+        """What the last update recorded; the logger writes it after the next rollout."""
+        return self.logger.name_to_value, self.logger.name_to_count, self.logger.name_to_excluded
+
+    def _hide_later_records(self, step: int) -> None:
+        """What TensorBoard got between the checkpoint and the end of the process will come once more."""
+        for output in self.logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat):
+                start = SessionLog(status=SessionLog.START)
+                output.writer._get_file_writer().add_event(Event(step=step + 1, session_log=start))
+
+    def _on_training_start(self) -> None:
+        self._signals = StopSignals("the end of this rollout and its update", owner=self.model)
+        self._signals.listen()
+
+    def _on_step(self) -> bool:
+        self.env_steps += sum(info.get("chunk_length", 1) for info in self.locals["infos"])
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self._resumed is not None:
+            state, self._resumed = self._resumed, None
+            normalize = self.model.get_vec_normalize_env()
+            if normalize is not None and state["vec_normalize"] is not None:
+                normalize.obs_rms, normalize.ret_rms = state["vec_normalize"]
+            self._restart(state["rng"])
+            return
+        if self._signals.received and not self.env_steps:
+            self._signals.leave("nothing was done yet")
+        if self._signals.received:
+            self.save()
+            self._signals.leave(f"a resume goes on from {self.path}")
+        if self.env_steps // self.save_freq > self._saved:
+            generators = self.save()
+            if self.restart_episodes:
+                self._restart(generators)
+
+    def _on_training_end(self) -> None:
+        self._signals.ignore()
+        if self._signals.received:  # it came during the very last update
+            self._signals.leave(f"training is complete, its last checkpoint is {self.path}")
+
+    def save(self) -> dict[str, Any]:
+        """
+        Writes a checkpoint now. It is complete only between an update and the next rollout.
+
+        :return: states of the generators in it
+        """
+        self._saved = self.env_steps // self.save_freq
+        normalize = self.model.get_vec_normalize_env()
+        generators = rng_state()
+        state = dict(
+            num_timesteps=self.model.num_timesteps,
+            env_steps=self.env_steps,
+            rng=generators,
+            vec_normalize=None if normalize is None else (normalize.obs_rms, normalize.ret_rms),
+            records=[dict(records) for records in self._pending_records()],
+            callbacks=[
+                {name: getattr(callback, name) for name in EVAL_CALLBACK if hasattr(callback, name)}
+                if isinstance(callback, EvalCallback)
+                else callback.state_dict()  # type: ignore[attr-defined]
+                for callback in self.keep
+            ],
+        )
+        vars(self.model)[STATE] = state
+        try:
+            with atomic_file(self.path, keep_previous=True) as file:
+                self.model.save(file)
+        finally:
+            del vars(self.model)[STATE]
+        return generators
+
+    def _restart(self, generators: dict[str, Any]) -> None:
+        """New episodes in all envs, which depend on the seed and the env steps and on nothing else."""
+        model, env = self.model, self.training_env
+        assert isinstance(model, OnPolicyAlgorithm)
+        env.seed(int(np.random.SeedSequence([model.seed or 0, self.env_steps]).generate_state(1)[0] >> 1))
+        env.set_options(self.reset_options)
+        model._last_obs = env.reset()  # type: ignore[assignment]
+        model._last_episode_starts = np.ones(env.num_envs, bool)
+        normalize = model.get_vec_normalize_env()
+        if normalize is not None:
+            model._last_original_obs = normalize.get_original_obs()
+        set_rng_state(generators)  # envs in this process may have used them

@@ -1,0 +1,258 @@
+"""Chunks on a simulator that steps many copies of an env at once: tensors stay on its device until the chunk is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+
+from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
+from sb3_dsrl.utils.observations import map_frames
+
+
+class BatchedChunkEnv(VecEnv):
+    """
+    The form of :class:`~sb3_dsrl.ActionChunkWrapper` for a batched simulator, with the same semantics for each of its envs.
+
+    A batched simulator cannot leave one env out of a step. After a termination inside a chunk that env is stepped on with
+    zero actions, but nothing of it counts: its reward, frames and metrics stay as they were. Envs whose episode ended
+    are reset together at the end of the chunk.
+
+    Observations are tensors on the simulator's device, (N, obs_horizon, D) or a dict of such, and so are terminal
+    observations; rewards, dones and infos are NumPy. :class:`~sb3_dsrl.VecLatentSteering` turns observations into features.
+
+    :param env: env with ManiSkill's batched interface: ``num_envs``, ``device``, ``single_observation_space``,
+        ``single_action_space``; ``step`` takes and gives tensors with a leading axis N; ``reset(options={"env_idx": ...})``
+        resets a part; nothing resets by itself
+    :param act_horizon: H
+    :param obs_horizon: frames in an observation
+    :param gamma: discount per env step
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param reward_scale: factor on the macro reward
+    :raises ValueError: if the env has no such interface or an argument is out of range
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        act_horizon: int,
+        obs_horizon: int = 1,
+        gamma: float = 0.99,
+        ignore_terminations: bool = False,
+        reward_scale: float = 1.0,
+    ) -> None:
+        base: Any = env.unwrapped
+        if not hasattr(base, "single_action_space"):
+            raise ValueError(
+                f"BatchedChunkEnv needs an env with ManiSkill's batched interface, found {type(base).__name__} without "
+                f"single_action_space; for one env use ActionChunkWrapper"
+            )
+        check_chunking(act_horizon, obs_horizon, gamma)
+        self.env, self.device = env, th.device(base.device)
+        self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
+        self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
+        self.env_id = env.spec.id if env.spec is not None else None
+        self.control_mode: str | None = getattr(base, "control_mode", None)
+        self.render_mode = env.render_mode
+        single = base.single_action_space
+        super().__init__(
+            base.num_envs, stacked_space(base.single_observation_space, obs_horizon), chunk_space(single, act_horizon)
+        )
+        self._scale = ActionScaler(single, lambda bound: th.as_tensor(bound, device=self.device))
+        self._set_rendering = render_switch(env)
+        self._rng = np.random.default_rng()
+        self._frames: Any = None
+        self._chunks = th.zeros(self.num_envs, *self.action_space.shape, device=self.device)  # type: ignore[misc]
+        self._metrics = _BatchedMetrics(self.num_envs, self.device)
+
+    def reset(self) -> Any:
+        """
+        :return: (N, obs_horizon, D) or a dict of such; the first observation fills all frames
+        """
+        if any(seed is not None for seed in self._seeds):
+            self._rng = np.random.default_rng(self._seeds[0])
+        else:
+            self._seeds = self._rng.integers(2**31, size=self.num_envs).tolist()
+        obs, info = self.env.reset(seed=self._seeds, options=self._options[0] or {})  # type: ignore[arg-type]
+        self.reset_infos = [info] * self.num_envs
+        self._reset_seeds()
+        self._reset_options()
+        self._frames = map_frames(self._filled, obs)
+        self._metrics.start(th.arange(self.num_envs, device=self.device))
+        return self._frames
+
+    def step_async(self, actions: th.Tensor | np.ndarray) -> None:  # type: ignore[override]
+        """
+        :param actions: chunks, (N, H, A), in [-1, 1]
+        :raises ValueError: if the shape is another one
+        """
+        expected = (self.num_envs, *self.action_space.shape)  # type: ignore[misc]
+        if tuple(actions.shape) != expected:
+            raise ValueError(f"Chunks must have shape (N, H, A) = {expected}, found {tuple(actions.shape)}")
+        self._chunks = th.as_tensor(actions, dtype=th.float32, device=self.device)
+
+    @th.no_grad()
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        :return: observations, macro rewards (N,), dones (N,), infos
+        """
+        metrics = self._metrics
+        actions = self._scale(self._chunks)
+        alive = th.ones(self.num_envs, dtype=th.bool, device=self.device)
+        terminated, truncated, k = th.zeros_like(alive), th.zeros_like(alive), th.zeros_like(alive, dtype=th.float32)
+        macro_reward = th.zeros_like(k)
+        for i in range(self.act_horizon):
+            if i and self.device.type == "cpu" and not alive.any():  # on a GPU the question would cost more than the answer
+                break
+            # without terminations the policy sees the last frames of a chunk only
+            self._set_rendering(not self.ignore_terminations or i >= self.act_horizon - self.obs_horizon)
+            step: Any = self.env.step(actions[:, i] * alive[:, None])
+            obs, reward, ended, timed_out, info = step
+            reward = th.where(alive, reward.float(), 0.0)
+            macro_reward += self.gamma**i * reward
+            k += alive
+            self._frames = map_frames(lambda old, new, alive=alive: self._pushed(old, new, alive), self._frames, obs)
+            metrics.update(reward, info, alive)
+            if not self.ignore_terminations:
+                terminated |= ended & alive
+                alive = alive & ~ended
+            truncated |= timed_out & alive
+            metrics.close(timed_out & alive)
+        return self._finish(macro_reward, terminated, truncated, k)
+
+    def _finish(self, macro_reward: th.Tensor, terminated: th.Tensor, truncated: th.Tensor, k: th.Tensor) -> VecEnvStepReturn:
+        columns = (self.reward_scale * macro_reward, terminated, truncated, k, *self._metrics.rows())
+        rows = th.stack([column.float() for column in columns]).cpu().numpy()  # one transfer
+        rewards, ends, limits, lengths, returns, steps, once, success = rows
+        if not np.isfinite(rewards).all():
+            envs = np.flatnonzero(~np.isfinite(rewards)).tolist()
+            raise ValueError(f"{self.env_id or 'The simulator'}: rewards of envs {envs} are NaN or infinite")
+        dones = (ends + limits) > 0
+        knows_success = self._metrics.knows_success
+        infos: list[dict[str, Any]] = []
+        for i in range(self.num_envs):
+            info: dict[str, Any] = {"chunk_length": int(lengths[i]), "TimeLimit.truncated": bool(limits[i] and not ends[i])}
+            if knows_success:
+                info["is_success"] = bool(success[i])
+            if dones[i]:
+                verdict = (bool(once[i]), bool(success[i])) if knows_success else (None, None)
+                info |= episode_summary(float(returns[i]), int(steps[i]), self._metrics.started[i], *verdict)
+            infos.append(info)
+        finished = np.flatnonzero(dones)
+        if len(finished):
+            self._restart(finished, infos)
+        return self._frames, rewards.copy(), dones, infos
+
+    def _restart(self, finished: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        index = th.as_tensor(finished, device=self.device)
+        terminal = map_frames(lambda frames: frames[index], self._frames)  # indexing copies
+        for j, i in enumerate(finished):
+            infos[i]["terminal_observation"] = map_frames(lambda frames, j=j: frames[j], terminal)
+        # ManiSkill starts an episode without a seed from torch's global generator, whose state belongs to the caller.
+        with th.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            th.manual_seed(int(self._rng.integers(2**31)))
+            obs, info = self.env.reset(options={"env_idx": index})
+        for i in finished:
+            self.reset_infos[i] = info
+        fresh = th.zeros(self.num_envs, dtype=th.bool, device=self.device)
+        fresh[index] = True
+        self._frames = map_frames(lambda old, new: _where(fresh, self._filled(new), old), self._frames, obs)
+        self._metrics.start(index)
+
+    def _filled(self, frame: th.Tensor) -> th.Tensor:
+        return _as_frame(frame)[:, None].repeat_interleave(self.obs_horizon, dim=1)
+
+    def _pushed(self, frames: th.Tensor, frame: th.Tensor, alive: th.Tensor) -> th.Tensor:
+        # concatenation copies: the tensors of a simulator may alias its memory
+        pushed = th.cat([frames[:, 1:], _as_frame(frame)[:, None]], dim=1)
+        return pushed if self.ignore_terminations else _where(alive, pushed, frames)
+
+    def close(self) -> None:
+        """Closes the simulator."""
+        self.env.close()
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """One picture an env, if it was made with ``render_mode="rgb_array"``."""
+        return list(np.asarray(th.as_tensor(self.env.render()).cpu()))
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """An attribute of this env or of the simulator, the same for each index."""
+        value = getattr(self, attr_name) if hasattr(self, attr_name) else self.env.get_wrapper_attr(attr_name)
+        return [value for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """
+        Sets an attribute of the simulator, which all its envs share.
+
+        :raises ValueError: if it is meant for some of them only
+        """
+        self._all_or_none(f"set_attr({attr_name!r})", indices)
+        setattr(self.env.unwrapped, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """
+        Calls a method of the simulator once, for all its envs.
+
+        :return: its result, repeated for each env
+        :raises ValueError: if it is meant for some of them only
+        """
+        self._all_or_none(f"env_method({method_name!r})", indices)
+        return [self.env.get_wrapper_attr(method_name)(*method_args, **method_kwargs)] * self.num_envs
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """Whether the simulator is wrapped in this class, the same for each index."""
+        layer: Any = self.env
+        while isinstance(layer, gym.Wrapper) and not isinstance(layer, wrapper_class):
+            layer = layer.env
+        return [isinstance(layer, wrapper_class) for _ in self._get_indices(indices)]
+
+    def _all_or_none(self, what: str, indices: VecEnvIndices) -> None:
+        if len(set(self._get_indices(indices))) != self.num_envs:
+            raise ValueError(f"{what} was asked for envs {indices}, but the envs of a batched simulator are one object")
+
+
+class _BatchedMetrics:
+    """Return, length and success of the episode of each env, up to the time limit; all tensors are (N,)."""
+
+    def __init__(self, num_envs: int, device: th.device) -> None:
+        self._return, self._length = (th.zeros(num_envs, device=device) for _ in range(2))
+        self._once, self._success, self._closed = (th.zeros(num_envs, dtype=th.bool, device=device) for _ in range(3))
+        self.knows_success = False
+        self.started = np.full(num_envs, time.time())
+
+    def start(self, index: th.Tensor) -> None:
+        for tensor in (self._return, self._length, self._once, self._success, self._closed):
+            tensor[index] = 0
+        self.started[index.cpu().numpy()] = time.time()
+
+    def update(self, reward: th.Tensor, info: dict[str, Any], alive: th.Tensor) -> None:
+        counts = alive & ~self._closed
+        self._return += reward * counts
+        self._length += counts
+        success = info.get("success", info.get("is_success"))
+        if success is not None:
+            self.knows_success = True
+            self._success = th.where(counts, success.bool(), self._success)
+            self._once = self._once | (self._success & counts)
+
+    def close(self, which: th.Tensor) -> None:
+        self._closed = self._closed | which
+
+    def rows(self) -> tuple[th.Tensor, ...]:
+        return self._return, self._length, self._once, self._success
+
+
+def _as_frame(frame: th.Tensor) -> th.Tensor:
+    return frame.float() if frame.is_floating_point() else frame
+
+
+def _where(mask: th.Tensor, yes: th.Tensor, no: th.Tensor) -> th.Tensor:
+    return th.where(mask.reshape(-1, *[1] * (yes.dim() - 1)), yes, no)

@@ -1,0 +1,157 @@
+"""An env whose step is a chunk of actions.
+
+Letters in shapes: ``N`` envs, ``T`` = pred_horizon, ``H`` = act_horizon, ``A`` action dim, ``C`` features, ``D``
+dimensions of one observation, ``k`` env steps really executed in a chunk (1..H), ``w`` noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_dsrl.steering.adapters import standard_env
+from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
+from sb3_dsrl.utils.observations import map_frames, stack_frames
+
+
+class ActionChunkWrapper(gym.Wrapper):
+    """
+    One step of this env is a macro-step: it executes a chunk of H actions and returns the SMDP transition.
+
+    - The reward is ``sum_{i<k} gamma^i r_i`` (times ``reward_scale``).
+    - A termination stops the chunk: nothing after it is executed or rewarded.
+    - A time limit inside a chunk does not cut it. The chunk runs to its end and the episode is truncated there, so that every
+      macro-step from which SB3 bootstraps lasts exactly H env steps and ``gamma ** H`` is its discount.
+    - Observations are the last ``obs_horizon`` frames, oldest first, copied.
+
+    ``info`` holds ``chunk_length`` (k) and, if the env reports ``success`` (or ``is_success``), ``is_success``. At the
+    end of an episode it holds ``success_once``, ``success_at_end``, ``episode_return`` (undiscounted, unscaled) and
+    ``episode_length`` (env steps), all of which stop counting at the time limit, and SB3's ``episode`` with the same
+    return and length.
+
+    :param env: env with a Box as action space and a Box, or a Dict of Boxes, as observation space; a ManiSkill CPU env as
+        ``gym.make`` returns it is unbatched
+    :param act_horizon: H
+    :param obs_horizon: frames in an observation
+    :param gamma: discount per env step
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param reward_scale: factor on the macro reward
+    :raises ValueError: if the env is batched, or its spaces do not fit; in ``reset`` and ``step``, if an observation or a
+        reward is NaN or infinite
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        act_horizon: int,
+        obs_horizon: int = 1,
+        gamma: float = 0.99,
+        ignore_terminations: bool = False,
+        reward_scale: float = 1.0,
+    ) -> None:
+        if isinstance(env, (VecEnv, gym.vector.VectorEnv)):
+            raise ValueError(
+                f"This wrapper is for one env, found {type(env).__name__} with {env.num_envs}; for many ManiSkill envs use "
+                f"make_latent_env, for an SB3 VecEnv of chunk envs VecLatentSteering"
+            )
+        env = standard_env(env)
+        super().__init__(env)
+        check_chunking(act_horizon, obs_horizon, gamma)
+        self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
+        self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
+        self.action_space = chunk_space(env.action_space, act_horizon)
+        self.observation_space = stacked_space(env.observation_space, obs_horizon)
+        self._scale = ActionScaler(env.action_space)  # type: ignore[arg-type]
+        self._action_dtype = env.action_space.dtype
+        self._set_rendering = render_switch(env)
+        self.env_id = env.spec.id if env.spec is not None else None
+        self.control_mode: str | None = getattr(env.unwrapped, "control_mode", None)
+        self._frames: deque[Any] = deque(maxlen=obs_horizon)
+        self._episode, self._steps = _EpisodeMetrics(), 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Starts an episode; the first observation fills all frames."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._steps = 0
+        self._frames.extend([self._frame(obs)] * self.obs_horizon)
+        self._episode = _EpisodeMetrics()
+        return stack_frames(self._frames), info
+
+    def step(self, chunk: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """
+        :param chunk: (H, A), in [-1, 1]
+        :return: observation (obs_horizon, D), or a dict of such; macro reward, terminated, truncated, info
+        """
+        if np.shape(chunk) != self.action_space.shape:
+            raise ValueError(f"A chunk must have shape (H, A) = {self.action_space.shape}, found {np.shape(chunk)}")
+        actions = self._scale(np.asarray(chunk))
+        macro_reward, terminated, truncated, k = 0.0, False, False, 0
+        info: dict[str, Any] = {}
+        # Without terminations the policy sees the last frames of a chunk only; with them any frame may be the last.
+        first_seen = self.act_horizon - self.obs_horizon if self.ignore_terminations else 0
+        for action in actions.astype(self._action_dtype):
+            self._set_rendering(k >= first_seen)
+            obs, reward, ended, timed_out, info = self.env.step(action)
+            self._steps += 1
+            self._check_finite("reward", reward)
+            macro_reward += self.gamma**k * float(reward)
+            k += 1
+            self._frames.append(self._frame(obs))
+            self._episode.update(float(reward), info)
+            terminated = bool(ended) and not self.ignore_terminations
+            if terminated:
+                break
+            if timed_out:
+                truncated = True
+                self._episode.close()
+        info = dict(info, chunk_length=k)
+        if self._episode.success is not None:
+            info["is_success"] = self._episode.success
+        if terminated or truncated:
+            info.update(self._episode.summary())
+        return stack_frames(self._frames), self.reward_scale * macro_reward, terminated, truncated, info
+
+    def _frame(self, obs: Any) -> Any:
+        # copied: the arrays of a CPU simulator alias its memory
+        frame = map_frames(lambda x: np.array(x, dtype=np.float32 if x.dtype.kind == "f" else x.dtype), obs)
+        for part in frame.values() if isinstance(frame, dict) else (frame,):
+            if part.dtype.kind == "f":
+                self._check_finite("observation", part)
+        return frame
+
+    def _check_finite(self, what: str, value: Any) -> None:
+        if not np.isfinite(value).all():
+            name = self.env_id or type(self.env.unwrapped).__name__
+            raise ValueError(f"{name}: the {what} after env step {self._steps} of the episode is NaN or infinite")
+
+
+class _EpisodeMetrics:
+    """Return, length and success of one episode in env steps, up to the time limit."""
+
+    def __init__(self) -> None:
+        self.success: bool | None = None
+        self._once = False
+        self._return, self._length, self._closed = 0.0, 0, False
+        self._start = time.time()
+
+    def update(self, reward: float, info: dict[str, Any]) -> None:
+        if self._closed:
+            return
+        self._return += reward
+        self._length += 1
+        found = info.get("success", info.get("is_success"))
+        if found is not None:
+            self.success = bool(found)
+            self._once = self._once or self.success
+
+    def close(self) -> None:
+        self._closed = True
+
+    def summary(self) -> dict[str, Any]:
+        once = self._once if self.success is not None else None
+        return episode_summary(self._return, self._length, self._start, once, self.success)

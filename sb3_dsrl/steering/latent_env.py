@@ -1,0 +1,89 @@
+"""One env whose action is flow noise: the gym form.
+
+Letters in shapes: ``N`` envs, ``T`` = pred_horizon, ``H`` = act_horizon, ``A`` action dim, ``C`` features, ``D``
+dimensions of one observation, ``k`` env steps really executed in a chunk (1..H), ``w`` noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+
+from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
+from sb3_dsrl.steering.steering import Steering, SteerMode, check_env_fits, check_flow, to_numpy
+from sb3_dsrl.utils.observations import map_frames
+
+
+class LatentSteeringWrapper(gym.Wrapper):
+    """
+    Turns an env into one whose action is the noise of a frozen flow, and whose observation is the flow's features.
+
+    For one env; :class:`VecLatentSteering` is the form for many. It passes SB3's ``check_env`` and goes wherever a gym
+    env goes (``make_vec_env``, ``Monitor``, rl-zoo3).
+
+    :param env: a CPU ManiSkill env as ``gym.make`` returns it, any gym env with Box spaces, or an :class:`ActionChunkWrapper`
+    :param flow: the policy that is steered; it is frozen
+    :param gamma: discount per env step; None is that of an ActionChunkWrapper below, or 0.99
+    :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
+    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
+        "shared" one entry, which is repeated T times
+    :param num_steps: decoding steps; None is the flow's own
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None is as in an
+        ActionChunkWrapper below, or False
+    :param reward_scale: factor on the macro reward; None is that of an ActionChunkWrapper below, or 1
+    :raises ValueError: if flow and env do not fit
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        flow: SteerablePolicy,
+        gamma: float | None = None,
+        noise_bound: float = 4.0,
+        steer_mode: SteerMode = "full",
+        num_steps: int | None = None,
+        ignore_terminations: bool | None = None,
+        reward_scale: float | None = None,
+    ) -> None:
+        check_flow(flow)
+        asked = dict(gamma=gamma, ignore_terminations=ignore_terminations, reward_scale=reward_scale)
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if not isinstance(env, ActionChunkWrapper):
+            env = ActionChunkWrapper(env, flow.act_horizon, flow.obs_horizon, **asked)  # type: ignore[arg-type]
+        for name, value in asked.items():
+            if getattr(env, name) != value:
+                raise ValueError(f"{name}={value} was asked for, but the ActionChunkWrapper below has {getattr(env, name)}")
+        super().__init__(env)
+        self.steering = Steering(flow, env.gamma, noise_bound, steer_mode, num_steps)
+        check_env_fits(flow, env.observation_space, env.action_space, env.env_id, env.control_mode)
+        self.observation_space, self.action_space = self.steering.observation_space, self.steering.action_space
+        self._cond = th.zeros(1, flow.cond_dim, device=flow.device)
+
+    @property
+    def macro_gamma(self) -> float:
+        """Discount of one macro-step, ``gamma ** H``: pass it to PPO as ``gamma``."""
+        return self.steering.macro_gamma
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Starts an episode; a seed also seeds the unsteered tail of the noise."""
+        if seed is not None:
+            self.steering.seed(seed)
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._encode(obs), info
+
+    def step(self, w: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """
+        :param w: noise, (T, A), (H, A) or (1, A), see ``steer_mode``
+        :return: features (C,), macro reward, terminated, truncated, info
+        """
+        chunk = to_numpy(self.steering.chunk(self._cond, w[None]))[0]
+        obs, reward, terminated, truncated, info = self.env.step(chunk)
+        return self._encode(obs), float(reward), terminated, truncated, dict(info, action_chunk=chunk)
+
+    def _encode(self, obs: Any) -> np.ndarray:
+        self._cond = self.steering.encode(map_frames(lambda x: x[None], obs))
+        return to_numpy(self._cond)[0]

@@ -642,7 +642,7 @@ def test_candidates_of_shared_noise(pool_size: int | None, monkeypatch: pytest.M
     rollouts = collect_rollouts("prior", env, episodes=4)
     policy = pretrain_latent(model, rollouts=rollouts, weighting="candidates", n_iterations=3, pool_size=pool_size)
     assert policy.pi(th.zeros(5, flow.cond_dim)).mode().shape == (5, 2)
-    noise = Steering(flow, steer_mode="shared").prior(3, 5)
+    noise = Steering(flow, Contract.of(flow, steer_mode="shared")).prior(3, 5)
     assert noise.shape == (3, 5, 4, 2) and th.equal(noise, noise[:, :, :1].expand_as(noise)) and noise.std() > 0.5
     full = FORMS["vec form"](flow, [scripted(time_limit=9)])
     with pytest.raises(ValueError, match="The rollouts steer 4 entries of the noise, expected 1: see steer_mode"):

@@ -20,7 +20,7 @@ from tests.faults.case import Case
 
 Play = Callable[[Path], Any]
 ABOUT = dict(env_id="PushCube-v1", control_mode="pd_joint_delta_pos")
-OTHER_FLOW = r"Action spaces do not match: NoiseSpace\(.*flow_hash=(\w+).*!= NoiseSpace\(.*flow_hash=(?!\1)"
+OTHER_FLOW = r"Action spaces do not match: NoiseSpace\(.*flow_hash='(\w+)'.*!= NoiseSpace\(.*flow_hash='(?!\1)"
 
 
 def demos(folder: Path, obs_dim: int = 3, action_dim: int = 2, **about: Any) -> Demos:
@@ -161,26 +161,24 @@ CASES = [
         r"gamma=0.99 was asked for, but the ActionChunkWrapper below has 0.9",
     ),
     Case("flow's critic and env: gamma", warm_start, r"warm_start_value: the env's gamma is 0.9, but the flow's critic knows"),
-    Case("flow and rollouts: gamma", rollouts_of(0, gamma=0.9), r"The rollouts were collected with gamma=0.9, but the flow"),
-    Case(
-        "flow and rollouts: another flow", rollouts_of(1), r"The rollouts were collected with flow=\w+, but the flow to steer"
-    ),
+    Case("flow and rollouts: gamma", rollouts_of(0, gamma=0.9), "The rollouts have gamma=0.9, but the env has 0.99"),
+    Case("flow and rollouts: another flow", rollouts_of(1), r"The rollouts have flow='\w+', but the env has '\w+'"),
     Case("flow and PPO.load: another flow", saved_model(lambda path: PPO.load(path, env=env(1))), OTHER_FLOW),
     Case("flow and set_env: another flow", with_env(lambda: env(1)), OTHER_FLOW),
     Case(
         "flow and evaluated model: another flow",
         saved_model(lambda path: evaluate(PPO.load(path), env(1), 1)),
-        r"The actor steers flow \w+, but the env steers flow \w+",
+        r"The model has flow='\w+', but the env has '\w+'",
     ),
     Case(
         "flow and stage 1: another flow",
         lambda folder: model(env()).policy.copy_into(model(env(1))),
-        r"This policy steers flow \w+, but the model's env steers flow \w+",
+        r"The policy has flow='\w+', but the model's env has '\w+'",
     ),
     Case(
         "flow and stage 1: other entries of the noise",
         lambda folder: model(env(steer_mode="act_horizon")).policy.copy_into(model(env())),
-        r"The model's noise shape is \(4, 2\), but this policy's is \(3, 2\): build both with the same",
+        "The policy has steer_mode='act_horizon', but the model's env has 'full'",
     ),
     Case(
         "demos and env, by the flow: control mode",

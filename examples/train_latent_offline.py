@@ -104,9 +104,9 @@ def main(args: Args) -> None:
         env_steps += 0 if gate is None else gate.env_steps
     model.policy.save(str(run.folder / "stage1.pt"))
     if args.num_eval_episodes:
-        run.evaluate("prior", "prior", env, flow)
-        run.evaluate("stage1", model, env, flow)
-        run.evaluate("stage1_stochastic", model, env, flow, deterministic=False)
+        run.evaluate("prior", "prior", env)
+        run.evaluate("stage1", model, env)
+        run.evaluate("stage1_stochastic", model, env, deterministic=False)
     env.close()
     run.finish(env_steps=env_steps)
 

@@ -8,10 +8,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl.evaluation.play import Actor, play
 from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
+from sb3_dsrl.evaluation.vec_normalize import require_raw_features
 from sb3_dsrl.stage0.features import FeatureTransitions
 from sb3_dsrl.steering.contract import Contract
 from sb3_dsrl.steering.vec_env import find_steering
@@ -84,9 +85,9 @@ def collect_rollouts(
     :param seed: of the envs and of the noise
     :param deterministic: passed on to ``predict``
     :param progress_bar: show a progress bar
+    :raises ValueError: if the env is not steered, or normalises features or rewards
     """
-    if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
-        raise ValueError("collect_rollouts needs the flow's own features and rewards: pass the env below VecNormalize")
+    require_raw_features(env, "collect_rollouts", rewards=True)
     steering = find_steering(env)
     gamma = steering.contract.gamma
     open_episodes: dict[int, list[tuple[Any, ...]]] = {}

@@ -21,7 +21,7 @@ from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, Velocit
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.features import demo_transitions
-from sb3_dsrl.stage0.flow_matching import train_flow
+from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage1.pretrain import aw_mle_loss, pretrain_latent
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
@@ -44,12 +44,14 @@ for _algorithm in (PPO, A2C, TRPO):
 
 __all__ = [
     "ActionChunkWrapper",
+    "AdvantageWeighting",
     "BestOfM",
     "EnsembleChunkCritic",
     "EvalResult",
     "FlowPolicy",
     "Gate",
     "ImageEncoder",
+    "ImageTraining",
     "LatentPolicy",
     "LatentSteeringWrapper",
     "SteerablePolicy",
@@ -67,6 +69,7 @@ __all__ = [
     "__version__",
     "aw_mle_loss",
     "collect_rollouts",
+    "create_flow",
     "demo_transitions",
     "evaluate",
     "find_ticket",

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch as th
 from torch.nn import functional as F
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, VelocityUNet
+from sb3_dsrl.policies import decoding
 from sb3_dsrl.policies.decoding import BLOCK_SIZE, integrate
 from sb3_dsrl.policies.networks import VelocityNet, mish
 
@@ -56,6 +58,21 @@ def test_same_as_plain_loops(net: VelocityNet, b: int, m: int, n: int) -> None:
     with_gradients = integrate(net, cond, w, n)  # the other way through the code
     assert with_gradients.requires_grad
     th.testing.assert_close(fast, with_gradients, atol=1e-5, rtol=1e-5)
+
+
+@th.no_grad()
+def test_other_devices_take_the_plain_path(net: VelocityNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed networks are for the CPU's caches; on the meta device there is no GPU to ask for."""
+
+    def fail(*args: Any) -> None:
+        raise AssertionError("packed off the CPU")
+
+    monkeypatch.setattr(decoding, "_unet", fail)
+    monkeypatch.setattr(decoding, "_mlp", fail)
+    net = net.to("meta")
+    cond = th.empty(3, net.cond_dim, device="meta")
+    w = th.empty(3, 2, net.pred_horizon, net.action_dim, device="meta")
+    assert integrate(net, cond, w, 2).shape == w.shape
 
 
 @pytest.mark.parametrize(

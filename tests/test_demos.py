@@ -1,7 +1,9 @@
 """ManiSkill trajectory files: what is read, how it is cut into windows and transitions, and every refusal."""
 
 import json
+import re
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,6 @@ def test_chunk_transitions_against_a_loop(
             np.testing.assert_array_equal(found.obs[row], frames(episode, start))
             np.testing.assert_array_equal(found.next_obs[row], frames(episode, start + k))
             np.testing.assert_array_equal(found.chunk[row, :k], episode["actions"][start : start + k])
-            np.testing.assert_array_equal(found.chunk[row, k:], np.tile(found.chunk[row, k - 1], (act_horizon - k, 1)))
             np.testing.assert_allclose(found.reward[row], reward_scale * reward, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(found.discount[row], 0.0 if ended else GAMMA**k, rtol=1e-6)
             row += 1
@@ -148,6 +149,34 @@ def test_only_rewards_stand_between_demos_and_transitions(tmp_path: Path) -> Non
     assert len(action_windows(demos, 1, 2)[0]) == 9
     with pytest.raises(ValueError, match=r"demos.h5: episode 1 has no 'rewards': record them"):
         chunk_transitions(demos, 1, 2, GAMMA, ignore_terminations=True)
+
+
+#: What replay_trajectory of ManiSkill 3.0.1 writes into env_kwargs
+REPLAYED = dict(reward_mode=None, render_backend="none", sim_backend="physx_cpu", num_envs=1, render_mode="rgb_array")
+
+
+@pytest.mark.parametrize(
+    ("mode", "env_kwargs", "about", "warns"),
+    [
+        ("pd_ee_delta_pose", REPLAYED, {}, True),
+        ("pd_joint_delta_pos", REPLAYED, {}, False),
+        ("pd_ee_delta_pose", REPLAYED, dict(source_type="motionplanning"), False),  # recorded, as by make_demos.py
+        ("pd_ee_delta_pose", dict(sim_backend="physx_cpu"), {}, False),
+    ],
+)
+def test_replayed_rotations_are_warned_of(
+    tmp_path: Path, mode: str, env_kwargs: dict[str, Any], about: dict[str, Any], warns: bool
+) -> None:
+    path = write_demos(tmp_path / "demos.h5", [scripted_episode(3, action_dim=7)] * 2, mode, mode)
+    meta = json.loads(path.with_suffix(".json").read_text()) | about
+    meta["env_info"]["env_kwargs"] = dict(obs_mode="state", control_mode=mode) | env_kwargs
+    path.with_suffix(".json").write_text(json.dumps(meta))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_demos(path)
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == warns
+    assert not warns or re.search(r"demos.h5 looks as if replay_trajectory .* axis-angle there, .* Euler angles", found[0])
 
 
 # Refusals are in tests/faults/demo_files.py

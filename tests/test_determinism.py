@@ -35,9 +35,9 @@ from sb3_dsrl.utils.checkpoint import previous
 from sb3_dsrl.utils.interrupt import Interrupted
 from sb3_dsrl.utils.progress import ProgressLoop
 from tests.envs import tiny_flow
+from tests.stage0 import SMALL, random_demos
 from tests.stage2 import KWARGS, TOTAL, Stage2, bits, run_slowly, steered
 from tests.test_images import image_flow, write_image_demos
-from tests.test_offline import SMALL, random_demos
 
 
 class Crash(Exception):

@@ -8,7 +8,7 @@ import torch as th
 
 from sb3_dsrl import FlowPolicy, VelocityMLP, load_demos, train_flow
 from sb3_dsrl.policies.diffusion import DiffusionPolicy
-from tests.demo_files import write_demos
+from tests.demo_files import scripted_episode, write_demos
 from tests.envs import tiny_flow
 
 N_LEVELS = 120
@@ -70,6 +70,12 @@ def test_round_trip_and_the_wrong_class(tmp_path: Path) -> None:
     tiny_flow().save_pretrained(tmp_path / "flow")
     with pytest.raises(ValueError, match=r"it was saved by FlowPolicy: load it with FlowPolicy.from_pretrained"):
         DiffusionPolicy.from_pretrained(tmp_path / "flow")
+
+
+def test_loss_has_no_consistency(tmp_path: Path) -> None:
+    demos = write_demos(tmp_path / "demos.h5", [scripted_episode(6)])
+    with pytest.raises(ValueError, match=r"holds \['consistency_fraction'\], but DiffusionPolicy.imitation_loss takes none"):
+        train_flow(demos, untrained(), loss_kwargs=dict(consistency_fraction=0.2))
 
 
 def test_stage_0_learns_both_modes(tmp_path: Path) -> None:

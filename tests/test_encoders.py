@@ -9,7 +9,7 @@ import torch as th
 from torch import nn
 
 from sb3_dsrl import FlowPolicy, VelocityMLP
-from sb3_dsrl.policies.encoders import ImageEncoder, PlainConv, SpatialSoftmaxConv, random_shift
+from sb3_dsrl.policies.encoders import ImageEncoder, PlainConv, SpatialSoftmaxConv, StateEncoder, random_shift
 from sb3_dsrl.policies.networks import Network
 
 SHAPES: dict[str, tuple[int, int, int]] = {"rgb": (16, 12, 6), "depth": (16, 12, 2)}
@@ -99,6 +99,24 @@ def test_without_state() -> None:
     encoder = ImageEncoder(0, {"rgb": (16, 12, 6)}, Mean(6))
     assert encoder.cond_dim == 6
     assert encoder({"rgb": batch(obs_horizon=1)["rgb"]}).shape == (5, 6)
+
+
+def test_encoder_says_whether_it_was_fitted() -> None:
+    for encoder in (StateEncoder(3, 2), ImageEncoder(3, SHAPES, Mean(8))):
+        assert encoder.needs_fit and encoder.config["normalize"]
+        encoder.fit(th.randn(20, 3))
+        assert not encoder.needs_fit
+    assert not ImageEncoder(0, SHAPES, Mean(8)).needs_fit  # there is nothing to fit
+
+
+def test_encoder_without_normalisation() -> None:
+    encoder = StateEncoder(3, 2, normalize=False)
+    obs = batch()["state"]
+    assert th.equal(encoder(obs), obs.flatten(1)) and not encoder.needs_fit
+    with pytest.raises(ValueError, match=r"built with normalize=False: it has no statistics to fit"):
+        encoder.fit(obs[:, 0])
+    raw = ImageEncoder(3, SHAPES, Mean(8), normalize=False)
+    assert th.equal(raw(batch(obs_horizon=1))[:, -3:], batch(obs_horizon=1)["state"][:, 0]) and not raw.needs_fit
 
 
 def test_random_shift_moves_all_images_of_a_sample_alike() -> None:

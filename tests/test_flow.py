@@ -12,9 +12,10 @@ from torch import nn
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, VelocityUNet, train_flow
 from sb3_dsrl.policies.networks import VelocityNet
+from sb3_dsrl.utils.devices import get_device
 from tests.demo_files import write_demos
 from tests.envs import tiny_flow
-from tests.toys import linear_flow
+from tests.toys import LinearVelocity, linear_flow
 
 METADATA = dict(
     num_steps=3,
@@ -231,7 +232,7 @@ def test_config_is_plain_json(policy: FlowPolicy, tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["net"]["class"] == type(policy.net).__name__
-    assert config["encoder"] == dict(obs_dim=3, obs_horizon=2) | {"class": "StateEncoder"}
+    assert config["encoder"] == dict(obs_dim=3, obs_horizon=2, normalize=True) | {"class": "StateEncoder"}
     assert (config["control_mode"], config["act_horizon"], config["gamma"]) == ("pd_joint_delta_pos", 5, 0.97)
 
 
@@ -325,6 +326,32 @@ def test_own_networks_travel(tmp_path: Path) -> None:
     flow = linear_flow(a=0.3, b=-0.1)
     flow.save_pretrained(tmp_path)
     assert FlowPolicy.from_pretrained(tmp_path).fingerprint() == flow.fingerprint()
+
+
+def test_own_network_does_not_replace_ours_of_the_same_name(tmp_path: Path) -> None:
+    ours = FlowPolicy.create(3, 2, pred_horizon=4, act_horizon=2, net_class=VelocityMLP)
+
+    namespace: dict[str, Any] = dict(LinearVelocity=LinearVelocity, __name__=__name__)
+    exec("class VelocityMLP(LinearVelocity): pass", namespace)
+    theirs = FlowPolicy(StateEncoder(2, 1), namespace["VelocityMLP"](2, 1, 2, a=0.3, b=-0.1), act_horizon=1)
+    for name, flow, written in (("ours", ours, "VelocityMLP"), ("theirs", theirs, f"{__name__}:VelocityMLP")):
+        flow.freeze().save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["net"]["class"] == written
+        loaded = FlowPolicy.from_pretrained(tmp_path / name)
+        assert type(loaded.net) is type(flow.net) and loaded.fingerprint() == flow.fingerprint()
+
+
+def test_flow_goes_to_the_device_that_auto_means(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FlowPolicy.from_pretrained(folder, device="meta").device.type == "meta"
+    monkeypatch.setattr("sb3_dsrl.policies.flow.get_device", lambda device: th.device({"auto": "meta"}[device]))
+    assert FlowPolicy.from_pretrained(folder).device.type == "meta"
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_auto_is_a_gpu_where_there_is_one(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.cuda, "is_available", lambda: has_gpu)
+    assert get_device("auto").type == get_device().type == ("cuda" if has_gpu else "cpu")
+    assert get_device("cpu") == th.device("cpu")
 
 
 def test_encode_checks_the_shape() -> None:

@@ -25,8 +25,8 @@ from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.utils.integrity import check_zip, write_sums
 from tests.demo_files import scripted_episode, write_demos
 from tests.envs import scripted, tiny_flow, vec_steered
+from tests.test_awsc import ASKED, Checkpoint
 from tests.test_conformance import FORMS, GAMMA, Reference, Script, noises
-from tests.test_legacy import ASKED, Checkpoint
 
 QUICK = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

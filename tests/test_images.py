@@ -15,7 +15,9 @@ from stable_baselines3 import PPO
 
 from sb3_dsrl import (
     ActionChunkWrapper,
+    AdvantageWeighting,
     FlowPolicy,
+    ImageTraining,
     LatentSteeringWrapper,
     VelocityMLP,
     collect_rollouts,
@@ -158,14 +160,14 @@ def test_encoder_learns_unless_it_is_frozen(tmp_path: Path) -> None:
     flow = image_flow(demos, n_iterations=1)
     before = {key: value.clone() for key, value in flow.encoder.state_dict().items()}
     kwargs = dict(flow=flow, n_iterations=3, batch_size=8)
-    train_flow(demos, train_encoder=False, **kwargs)
+    train_flow(demos, images=ImageTraining(train_encoder=False), **kwargs)
     assert all(th.equal(value, before[key]) for key, value in flow.encoder.state_dict().items())
     train_flow(demos, **kwargs)
     changed = {key for key, value in flow.encoder.state_dict().items() if not th.equal(value, before[key])}
     assert "backbone.convs.0.weight" in changed and all(key.startswith("backbone.") for key in changed)
     assert not any(parameter.requires_grad for parameter in flow.parameters())
-    with pytest.raises(ValueError, match="set train_encoder=False"):
-        train_flow(demos, beta=1.0, **kwargs)
+    with pytest.raises(ValueError, match=r"pass images=ImageTraining\(train_encoder=False\)"):
+        train_flow(demos, advantage=AdvantageWeighting(), **kwargs)
 
 
 def test_stage_0_learns_from_images(tmp_path: Path) -> None:

@@ -68,6 +68,16 @@ def test_decode_is_the_policy_with_the_given_noise() -> None:
     assert policy.diffusion.num_inference_steps == 10
 
 
+def test_plays_the_steps_that_the_policy_was_made_for() -> None:
+    assert LeRobotDiffusionPolicy(StandIn(), (D,)).num_steps == 10
+
+
+@pytest.mark.parametrize("shapes", [D, {}, {"state": D}])
+def test_obs_shapes_that_are_no_shapes(shapes: Any) -> None:
+    with pytest.raises(TypeError, match=r"obs_shapes must be the shape of one frame"):
+        LeRobotDiffusionPolicy(StandIn(), shapes)
+
+
 def test_images_are_laid_out_as_lerobot_has_them() -> None:
     flow = LeRobotDiffusionPolicy(StandIn(), {"state": (D,), "rgb": (4, 5, 6)}).freeze()
     rgb = th.randint(0, 256, (2, OBS_STEPS, 4, 5, 6), dtype=th.uint8)

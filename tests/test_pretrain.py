@@ -33,7 +33,7 @@ from sb3_dsrl.stage1.executed import executed_advantages
 from sb3_dsrl.steering.contract import Contract
 from sb3_dsrl.steering.steering import Steering
 from tests.envs import FORMS, scripted, tiny_flow
-from tests.test_offline import scalars
+from tests.stage0 import scalars
 from tests.toys import BanditEnv, linear_flow
 
 #: The bandit's best noise. The flow divides noise by 4, so that no noise within the bounds is clipped.

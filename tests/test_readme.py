@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_legacy import Checkpoint
+from tests.test_awsc import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)

@@ -15,6 +15,7 @@ import torch as th
 from sb3_dsrl.policies.encoders import ImageEncoder, ObsEncoder, PlainConv, StateEncoder
 from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, TimestepEmbedding, VelocityUNet
+from sb3_dsrl.utils.devices import get_device
 from sb3_dsrl.utils.integrity import load_data
 
 Tensors = Mapping[str, th.Tensor]
@@ -53,6 +54,7 @@ def load_awsc_checkpoint(
     env_id: str | None = None,
     image_size: tuple[int, int] = (128, 128),
     n_groups: int = 8,
+    device: th.device | str = "auto",
 ) -> FlowPolicy:
     """
     Loads an AWShortCutFlowAgent checkpoint. The result is an ordinary, frozen :class:`FlowPolicy`.
@@ -60,7 +62,7 @@ def load_awsc_checkpoint(
     The weights are those that such checkpoints were selected by, ``ema_agent.velocity_net_ema`` with ``ema_agent.critic``;
     files of the agent's online stage have no ``ema_agent``, there it is the same in ``agent``. Observations are processed as
     that agent did: frames oldest first, [visual, state] in each, cameras on the channels, colours / 255, no normalisation.
-    Execution starts at index ``obs_horizon - 1`` of the chunk.
+    Execution starts at index ``obs_horizon - 1`` of the chunk; what the critic scores starts at index 0.
 
     :param path: the ``.pt`` file
     :param obs_horizon: frames that the policy saw; it or ``state_dim`` is needed
@@ -73,6 +75,7 @@ def load_awsc_checkpoint(
     :param env_id: environment that the demos came from, if you want it checked
     :param image_size: (height, width) of the camera images
     :param n_groups: of the group norms in the U-Net
+    :param device: where the policy goes; "auto" is a GPU where there is one
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is no such checkpoint, tensors are missing, superfluous or of other shapes, or something that
         cannot be inferred was not given
@@ -111,7 +114,7 @@ def load_awsc_checkpoint(
     names = {_legacy_name(name): name for name in velocity.state_dict()}
     _load(path, velocity, {names.get(name, name): value for name, value in unet.items()}, "velocity_net_ema.unet", names)
     critic = _critic(path, agent, cond_dim, action_dim)
-    return FlowPolicy(
+    flow = FlowPolicy(
         encoder,
         velocity,
         critic,
@@ -123,7 +126,8 @@ def load_awsc_checkpoint(
         control_mode=control_mode,
         gamma=gamma,
         reward_scale=reward_scale,
-    ).freeze()
+    )
+    return flow.to(get_device(device)).freeze()
 
 
 def _read(path: Path) -> tuple[Tensors, Tensors | None]:
@@ -201,13 +205,13 @@ def _encoder(
             f"obs_horizon={obs_horizon} and state_dim={state_dim}"
         )
     if visual is None:
-        return StateEncoder(state_dim, obs_horizon)
+        return StateEncoder(state_dim, obs_horizon, normalize=False)
     channels = _get(path, visual, "cnn.0.weight").shape[1]
     if channels % 3:
         raise ValueError(f"{path}: the visual encoder reads {channels} channels, expected 3 a camera (rgb)")
     backbone = PlainConv(channels, visual_dim)
     _load(path, backbone, visual, "visual_encoder", {})
-    return ImageEncoder(state_dim, {"rgb": (*image_size, channels)}, backbone, obs_horizon)
+    return ImageEncoder(state_dim, {"rgb": (*image_size, channels)}, backbone, obs_horizon, normalize=False)
 
 
 def _critic(path: Path, agent: Tensors, cond_dim: int, action_dim: int) -> EnsembleChunkCritic:
@@ -221,7 +225,7 @@ def _critic(path: Path, agent: Tensors, cond_dim: int, action_dim: int) -> Ensem
         raise ValueError(
             f"{path}: the critic has {n_inputs} inputs, expected {cond_dim} features and a multiple of {action_dim} actions"
         )
-    critic = EnsembleChunkCritic(cond_dim, act_horizon, action_dim, len(heads), width)
+    critic = EnsembleChunkCritic(cond_dim, act_horizon, action_dim, len(heads), width, first_action=0)
     shapes = {name: tuple(value.shape[1:]) for name, value in critic.net.state_dict().items()}  # of one head
     state: dict[str, list[th.Tensor]] = {name: [] for name in shapes}
     for prefix, head in zip(prefixes, heads, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import torch as th
 from torch import nn
 
 from sb3_dsrl.policies.encoders import FrameShapes
+from sb3_dsrl.policies.fingerprint import digest, probe, state_of
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
 
 Self = TypeVar("Self", bound="SteerablePolicy")
@@ -19,6 +20,7 @@ class SteerablePolicy(nn.Module, ABC):
     """
     Base class of policies that turn noise into action chunks, always the same noise into the same chunk. A subclass with
     :meth:`encode` and :meth:`decode` can be steered; with a critic, stage 1 can also score candidates.
+    All arguments go by name.
 
     :param obs_shapes: shape of one frame of the flat observation, or of each entry of a dict observation
     :param obs_horizon: frames in an observation
@@ -32,14 +34,16 @@ class SteerablePolicy(nn.Module, ABC):
     :param control_mode: ManiSkill controller that the actions are for
     :param gamma: discount per env step that the critic was trained with
     :param reward_scale: factor on the rewards that the critic was trained with
+    :raises TypeError: if ``obs_shapes`` or ``noise_shape`` are no shapes
     :raises ValueError: if the horizons do not fit each other or gamma is out of range
     """
 
-    #: steps of :meth:`decode`, unless it is asked for another number
-    num_steps: int = 1
+    #: steps of :meth:`decode`, unless it is asked for another number; None is a decoder without steps
+    num_steps: int | None = None
 
     def __init__(
         self,
+        *,
         obs_shapes: FrameShapes,
         obs_horizon: int,
         noise_shape: tuple[int, int],
@@ -54,6 +58,9 @@ class SteerablePolicy(nn.Module, ABC):
         reward_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        check_frame_shapes(obs_shapes)
+        if not (_is_shape(noise_shape) and len(noise_shape) == 2):
+            raise TypeError(f"noise_shape must be the shape (T, A) of one noise, found {noise_shape!r}")
         self.pred_horizon, self.action_dim = noise_shape
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
@@ -69,6 +76,7 @@ class SteerablePolicy(nn.Module, ABC):
         self.critic = critic
         self.env_id, self.obs_mode, self.control_mode = env_id, obs_mode, control_mode
         self.gamma, self.reward_scale = gamma, reward_scale
+        self._fingerprint: tuple[Any, str] | None = None
 
     @abstractmethod
     def encode(self, obs: Any) -> th.Tensor:
@@ -92,8 +100,9 @@ class SteerablePolicy(nn.Module, ABC):
 
     @property
     def device(self) -> th.device:
-        """Device that the weights are on."""
-        return next(self.parameters()).device
+        """Device that the weights or buffers are on; a policy without any is on the CPU."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return th.device("cpu") if tensor is None else tensor.device
 
     @property
     def noise_shape(self) -> tuple[int, int]:
@@ -109,6 +118,17 @@ class SteerablePolicy(nn.Module, ABC):
         """
         return chunk[..., self.action_offset : self.action_offset + self.act_horizon, :]
 
+    def scored(self, chunk: th.Tensor, critic: EnsembleChunkCritic) -> th.Tensor:
+        """
+        The part of a chunk that a critic scores: what is executed, unless the critic says where its part begins.
+
+        :param chunk: (..., T, A)
+        :param critic: ensemble chunk critic
+        :return: (..., H, A)
+        """
+        begin = self.action_offset if critic.first_action is None else critic.first_action
+        return chunk[..., begin : begin + critic.act_horizon, :]
+
     @th.no_grad()
     def sample(self, obs: Any, num_steps: int | None = None) -> th.Tensor:
         """
@@ -118,8 +138,8 @@ class SteerablePolicy(nn.Module, ABC):
         :param num_steps: see :meth:`decode`
         :return: (B, T, A)
         """
-        cond = self.encode(obs)
-        return self.decode(cond, th.randn(len(cond), *self.noise_shape, device=cond.device), num_steps)
+        cond = th.as_tensor(self.encode(obs))  # a user's policy may compute in NumPy
+        return th.as_tensor(self.decode(cond, th.randn(len(cond), *self.noise_shape, device=cond.device), num_steps))
 
     def freeze(self: Self) -> Self:
         """Evaluation mode and no gradients, for good. Returns the policy itself."""
@@ -129,13 +149,37 @@ class SteerablePolicy(nn.Module, ABC):
         """
         Hash of what makes a policy this policy: weights and horizons. The number of decoding steps is not part of it, so
         that a latent policy may be moved to a cheaper decode of the same flow. The critic is not part of it, since steering
-        does not run it.
+        does not run it. A policy without weights is told from others by its class and by what it makes of a fixed input.
+
+        Weights are hashed once, and again when torch knows that they were written to or replaced; writing into ``.data``
+        goes unnoticed.
 
         :return: 16 hexadecimal digits
+        :raises ValueError: if a policy without weights fails on that input
         """
-        digest = hashlib.sha256(repr((self.noise_shape, self.act_horizon, self.obs_horizon, self.action_offset)).encode())
-        for key, value in sorted(self.state_dict().items()):
-            if not key.startswith("critic."):
-                digest.update(key.encode())
-                digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        about = repr((self.noise_shape, self.act_horizon, self.obs_horizon, self.action_offset))
+        weights = {key: value for key, value in self.state_dict().items() if not key.startswith("critic.")}
+        if not weights:
+            behaviour = probe(self.encode, self.decode, self.obs_shapes, self.obs_horizon, self.cond_dim, self.noise_shape)
+            return digest(about + type(self).__qualname__, weights, behaviour)
+        state = state_of(weights)
+        key = (about, state)
+        if state is None or self._fingerprint is None or self._fingerprint[0] != key:
+            self._fingerprint = (key, digest(about, weights))
+        return self._fingerprint[1]
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, (tuple, list)) and all(isinstance(n, int) for n in shape)
+
+
+def check_frame_shapes(obs_shapes: Any) -> None:
+    """
+    :raises TypeError: if these are no :data:`~sb3_dsrl.policies.encoders.FrameShapes`
+    """
+    shapes = list(obs_shapes.values()) if isinstance(obs_shapes, dict) else [obs_shapes]
+    if not shapes or not all(map(_is_shape, shapes)):
+        raise TypeError(
+            f"obs_shapes must be the shape of one frame, such as (3,), or a dict of the shapes of its entries, "
+            f"found {obs_shapes!r}"
+        )

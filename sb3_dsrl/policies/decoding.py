@@ -37,7 +37,8 @@ Integrate = Callable[[VelocityNet, th.Tensor, th.Tensor, int], th.Tensor]
 
 def integrate(velocity: VelocityNet, cond: th.Tensor, w: th.Tensor, num_steps: int) -> th.Tensor:
     """
-    Takes ``num_steps`` equal shortcut steps from t = 0 to t = 1.
+    Takes ``num_steps`` equal shortcut steps from t = 0 to t = 1. The quick ways are for the CPU: on any other device the loop
+    of forward passes is as fast, and it can be compiled, see :func:`accelerated`.
 
     :param velocity: the velocity field
     :param cond: (B, C)
@@ -45,7 +46,7 @@ def integrate(velocity: VelocityNet, cond: th.Tensor, w: th.Tensor, num_steps: i
     :param num_steps: n; the step size is 1 / n
     :return: (B, M, T, A)
     """
-    if not th.is_grad_enabled():
+    if w.device.type == "cpu" and not th.is_grad_enabled():
         if isinstance(velocity, VelocityUNet):
             return _unet(velocity, cond, w, num_steps)
         if isinstance(velocity, VelocityMLP):
@@ -321,7 +322,7 @@ def _unet(net: VelocityUNet, cond: th.Tensor, w: th.Tensor, num_steps: int) -> t
     of_steps = packed.film_of_steps(num_steps)
     m = w.shape[1]
     noises, of_cond = w.flatten(0, 1), packed.film_of_cond(cond)
-    rows = len(noises) if w.is_cuda else min(BLOCK_SIZE, len(noises))
+    rows = min(BLOCK_SIZE, len(noises))
     chunks = th.empty_like(noises)
     full = len(noises) - len(noises) % rows
     for begin, end, size in ((0, full, rows), (full, len(noises), len(noises) - full)):

@@ -23,9 +23,12 @@ class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "di
     Diffusion policy over action chunks (https://arxiv.org/abs/2303.04137), decoded by DDIM with eta = 0
     (https://arxiv.org/abs/2010.02502). That is deterministic, so its initial noise can be steered like that of a flow.
 
-    The network predicts the noise: what :class:`~sb3_dsrl.FlowPolicy` calls its velocity field is ``eps(x, t | cond)`` here,
-    asked with d = 0 and t = 1 - k / K at noise level k, so that t runs from noise to chunk as in a flow. Train one with
-    ``train_flow(demos, policy_class=DiffusionPolicy)``. All arguments are those of :class:`~sb3_dsrl.FlowPolicy`.
+    Its ``net`` is an eps network, not a velocity field: it predicts the noise ``eps(x, t | cond)``. It has the signature of a
+    velocity field and is asked with d = 0 and t = 1 - k / K at noise level k, so that t runs from noise to chunk as in a flow.
+    Train one with ``train_flow(demos, policy_class=DiffusionPolicy)``. All other arguments are those of
+    :class:`~sb3_dsrl.FlowPolicy`.
+
+    :param net: eps network over (T, A)
     """
 
     def decode(self, cond: th.Tensor, w: th.Tensor, num_steps: int | None = None) -> th.Tensor:
@@ -50,22 +53,16 @@ class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "di
             x = scheduler.step(eps, k, x, eta=0.0).prev_sample
         return x.reshape(w.shape).clamp(-1.0, 1.0)
 
-    def imitation_loss(
-        self,
-        teacher: nn.Module,
-        cond: th.Tensor,
-        chunk: th.Tensor,
-        weights: th.Tensor | None = None,
-        consistency_fraction: float = 0.0,
+    def imitation_loss(  # type: ignore[override]  # a flow's has an argument of its own
+        self, teacher: nn.Module, cond: th.Tensor, chunk: th.Tensor, weights: th.Tensor | None = None
     ) -> dict[str, th.Tensor]:
         """
         What stage 0 minimises.
 
-        :param teacher: not used
+        :param teacher: the average of the network, which a diffusion model does not learn from
         :param cond: (B, C)
         :param chunk: (B, T, A)
         :param weights: weight of each sample, (B,); None is 1
-        :param consistency_fraction: not used
         :return: name -> loss
         """
         noise = th.randn_like(chunk)

@@ -31,7 +31,7 @@ class ObsEncoder(Network):
     :param frame_dim: F
     :param n_state: D
     :param obs_shapes: shape of one frame
-    :param config: constructor arguments beside ``obs_horizon``
+    :param config: constructor arguments beside ``obs_horizon``; ``normalize=False`` leaves the state part as it is
     """
 
     mean: th.Tensor
@@ -40,8 +40,15 @@ class ObsEncoder(Network):
     def __init__(self, obs_horizon: int, frame_dim: int, n_state: int, obs_shapes: FrameShapes, **config: Any) -> None:
         super().__init__(obs_horizon=obs_horizon, **config)
         self.obs_horizon, self.cond_dim, self.obs_shapes = obs_horizon, obs_horizon * frame_dim, obs_shapes
+        self.normalizes = bool(config.get("normalize", True))
         self.register_buffer("mean", th.zeros(n_state))
         self.register_buffer("std", th.ones(n_state))
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether there is something to normalise, and :meth:`fit` was never called."""
+        never_fitted = not self.mean.any() and bool((self.std == 1).all())
+        return self.normalizes and len(self.mean) > 0 and never_fitted
 
     def fit(self, frames: th.Tensor, min_std: float = 1e-2) -> None:
         """
@@ -50,7 +57,10 @@ class ObsEncoder(Network):
         :param frames: state part, (n, D)
         :param min_std: floor of the standard deviation: a dimension that is constant in a few demos must not explode
             as soon as it moves
+        :raises ValueError: if the encoder does not normalise
         """
+        if not self.normalizes:
+            raise ValueError("This encoder was built with normalize=False: it has no statistics to fit")
         self.mean.copy_(frames.mean(dim=0))
         self.std.copy_(frames.std(dim=0, unbiased=False).clamp_min(min_std))
 
@@ -58,7 +68,7 @@ class ObsEncoder(Network):
         """
         :param frames: state part, (n, D)
         """
-        return (frames - self.mean) / self.std
+        return (frames - self.mean) / self.std if self.normalizes else frames
 
     def encode_frames(self, frames: Any) -> th.Tensor:
         """
@@ -93,10 +103,11 @@ class StateEncoder(ObsEncoder):
 
     :param obs_dim: D
     :param obs_horizon: frames, oldest first
+    :param normalize: False leaves the observations as they are
     """
 
-    def __init__(self, obs_dim: int, obs_horizon: int) -> None:
-        super().__init__(obs_horizon, obs_dim, obs_dim, (obs_dim,), obs_dim=obs_dim)
+    def __init__(self, obs_dim: int, obs_horizon: int, normalize: bool = True) -> None:
+        super().__init__(obs_horizon, obs_dim, obs_dim, (obs_dim,), obs_dim=obs_dim, normalize=normalize)
 
     def encode_frames(self, frames: th.Tensor) -> th.Tensor:
         return self.normalize(frames)
@@ -112,6 +123,7 @@ class ImageEncoder(ObsEncoder):
     :param backbone: from images (n, channels, height, width), scaled to about [0, 1], to (n, ``backbone.out_dim``); the
         channels of rgb come before those of depth. None is :class:`SpatialSoftmaxConv`.
     :param obs_horizon: frames, oldest first
+    :param normalize: False leaves the state part as it is
     :raises ValueError: if an image has another key or shape
     """
 
@@ -121,6 +133,7 @@ class ImageEncoder(ObsEncoder):
         image_shapes: dict[str, tuple[int, int, int]],
         backbone: nn.Module | None = None,
         obs_horizon: int = 1,
+        normalize: bool = True,
     ) -> None:
         shapes = {key: tuple(image_shapes[key]) for key in IMAGE_SCALES if key in image_shapes}
         if not shapes or set(shapes) != set(image_shapes) or any(len(shape) != 3 for shape in shapes.values()):
@@ -137,6 +150,7 @@ class ImageEncoder(ObsEncoder):
             state_dim=state_dim,
             image_shapes={key: list(shape) for key, shape in shapes.items()},
             backbone=backbone,
+            normalize=normalize,
         )
         self.image_keys = tuple(shapes)
         self.backbone = backbone

@@ -17,6 +17,7 @@ from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate
 from sb3_dsrl.policies.encoders import ImageEncoder, ObsEncoder, StateEncoder
 from sb3_dsrl.policies.losses import shortcut_loss
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
+from sb3_dsrl.utils.devices import get_device
 from sb3_dsrl.utils.integrity import one_line, sha256
 from sb3_dsrl.utils.observations import map_frames
 
@@ -29,7 +30,7 @@ def _to_config(net: Any) -> Any:
             f"Only subclasses of sb3_dsrl.policies.networks.Network can be saved, since they know what they were built with; "
             f"found {type(net).__name__}"
         )
-    return {"class": type(net).__name__, **{key: _to_config(value) for key, value in net.config.items()}}
+    return {"class": net.registered_name(), **{key: _to_config(value) for key, value in net.config.items()}}
 
 
 def _from_config(config: Any) -> Any:
@@ -97,6 +98,8 @@ class FlowPolicy(
     :raises ValueError: if the horizons or the networks do not fit each other, or another class saved the policy
     """
 
+    num_steps: int
+
     def __init__(
         self,
         encoder: ObsEncoder,
@@ -117,18 +120,18 @@ class FlowPolicy(
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, found {num_steps}")
         super().__init__(
-            encoder.obs_shapes,
-            encoder.obs_horizon,
-            (net.pred_horizon, net.action_dim),
-            encoder.cond_dim,
-            act_horizon,
-            action_offset,
-            critic,
-            env_id,
-            obs_mode,
-            control_mode,
-            gamma,
-            reward_scale,
+            obs_shapes=encoder.obs_shapes,
+            obs_horizon=encoder.obs_horizon,
+            noise_shape=(net.pred_horizon, net.action_dim),
+            cond_dim=encoder.cond_dim,
+            act_horizon=act_horizon,
+            action_offset=action_offset,
+            critic=critic,
+            env_id=env_id,
+            obs_mode=obs_mode,
+            control_mode=control_mode,
+            gamma=gamma,
+            reward_scale=reward_scale,
         )
         if net.cond_dim != encoder.cond_dim:
             raise ValueError(f"net expects {net.cond_dim} features, but the encoder gives {encoder.cond_dim}")
@@ -234,19 +237,23 @@ class FlowPolicy(
         :param weights: weight of each sample, (B,); None is 1
         :param consistency_fraction: part of the batch for self-consistency
         :return: name -> loss
+        :raises ValueError: if ``consistency_fraction`` is out of range
         """
+        if not 0 <= consistency_fraction < 1:
+            raise ValueError(f"consistency_fraction must lie in [0, 1), found {consistency_fraction}")
         matching, consistency = shortcut_loss(self.net, teacher, cond, chunk, weights, consistency_fraction)
         return {"flow/matching_loss": matching, "flow/consistency_loss": consistency}
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | Path, device: th.device | str = "auto", **kwargs: Any
     ) -> "FlowPolicy":
         """
         Loads a folder written by ``save_pretrained``, or a repository of the Hugging Face hub. The result is frozen.
         ``FlowPolicy`` itself loads folders of its subclasses, too, as what they are.
 
         :param pretrained_model_name_or_path: folder or repository id
+        :param device: where the policy goes; "auto" is a GPU where there is one
         :param kwargs: further arguments of ``huggingface_hub.PyTorchModelHubMixin.from_pretrained``
         :raises FileNotFoundError: if there is no such folder or repository, or ``config.json`` or
             ``model.safetensors`` is missing
@@ -265,7 +272,7 @@ class FlowPolicy(
             if folder.is_dir():
                 _check_sha256(folder)
                 saved_by = _saved_by(folder) if cls is FlowPolicy else cls
-            return super(FlowPolicy, saved_by).from_pretrained(str(pretrained_model_name_or_path), **kwargs).freeze()
+            flow = super(FlowPolicy, saved_by).from_pretrained(str(pretrained_model_name_or_path), **kwargs)
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
                 f"{pretrained_model_name_or_path} is neither a folder written by FlowPolicy.save_pretrained "
@@ -273,6 +280,7 @@ class FlowPolicy(
             ) from error
         except Exception as error:  # what a damaged config.json or header raises depends on the byte
             raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {one_line(error)}") from error
+        return flow.to(get_device(device)).freeze()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # What the policy is now, not what it was built with

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.base import SteerablePolicy, check_frame_shapes
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
 
 Batch = dict[str, th.Tensor]
@@ -28,6 +28,7 @@ class LeRobotDiffusionPolicy(SteerablePolicy):
     :param critic: ensemble chunk critic, or None
     :param kwargs: ``env_id``, ``obs_mode``, ``control_mode``, ``gamma``, ``reward_scale`` of
         :class:`~sb3_dsrl.policies.base.SteerablePolicy`
+    :raises TypeError: if ``obs_shapes`` are no shapes
     :raises ValueError: if the scheduler is not deterministic
     """
 
@@ -46,6 +47,7 @@ class LeRobotDiffusionPolicy(SteerablePolicy):
                 f"The policy's scheduler is {config.noise_scheduler_type}, which adds noise of its own; set "
                 f"config.noise_scheduler_type='DDIM' and load the weights again"
             )
+        check_frame_shapes(obs_shapes)
         frame = (config.n_obs_steps, *(obs_shapes["state"] if isinstance(obs_shapes, dict) else obs_shapes))
         images = obs_shapes.get("rgb") if isinstance(obs_shapes, dict) else None
         probe: Any = th.zeros(1, *frame)
@@ -57,16 +59,16 @@ class LeRobotDiffusionPolicy(SteerablePolicy):
             batch = (preprocess or identity)(_batch(probe, device))
             cond_dim = policy.diffusion._prepare_global_conditioning(batch).shape[1]
         super().__init__(
-            obs_shapes,
-            config.n_obs_steps,
-            (config.horizon, config.action_feature.shape[0]),
-            cond_dim,
-            config.n_action_steps,
+            obs_shapes=obs_shapes,
+            obs_horizon=config.n_obs_steps,
+            noise_shape=(config.horizon, config.action_feature.shape[0]),
+            cond_dim=cond_dim,
+            act_horizon=config.n_action_steps,
             action_offset=config.n_obs_steps - 1,
             critic=critic,
             **kwargs,
         )
-        self.policy = policy
+        self.policy, self.num_steps = policy, policy.diffusion.num_inference_steps
         self._preprocess, self._postprocess = preprocess or identity, postprocess or identity
 
     def encode(self, obs: Any) -> th.Tensor:
@@ -79,7 +81,7 @@ class LeRobotDiffusionPolicy(SteerablePolicy):
         cond = cond.repeat_interleave(len(noise) // len(cond), dim=0)
         diffusion = self.policy.diffusion
         own_steps = diffusion.num_inference_steps
-        diffusion.num_inference_steps = own_steps if num_steps is None else num_steps
+        diffusion.num_inference_steps = self.num_steps if num_steps is None else num_steps
         try:
             chunk = diffusion.conditional_sample(len(noise), global_cond=cond, noise=noise)
         finally:

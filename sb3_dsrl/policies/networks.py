@@ -25,7 +25,7 @@ def mish(x: th.Tensor) -> th.Tensor:
 
     :param x: any shape
     """
-    if th.is_grad_enabled() or x.is_cuda or x.numel() < 8192:  # for a few numbers one call is faster than five
+    if th.is_grad_enabled() or x.device.type != "cpu" or x.numel() < 8192:  # for a few numbers one call is faster than five
         return F.mish(x)
     return th.addcdiv(x, x, x.exp().add_(1.0).square_().add_(1.0), value=-2.0)
 
@@ -39,11 +39,21 @@ class Network(nn.Module):
     :param config: constructor arguments: numbers, strings, lists, dicts and other networks
     """
 
+    #: :meth:`registered_name` -> class
     classes: ClassVar[dict[str, type[Network]]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Network.classes[cls.__name__] = cls
+        Network.classes[cls.registered_name()] = cls
+
+    @classmethod
+    def registered_name(cls) -> str:
+        """
+        The name in ``config.json``: this package's classes have their bare name there, others ``module:qualname``, so that
+        none of them takes the place of another.
+        """
+        own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+        return cls.__name__ if own else f"{cls.__module__}:{cls.__qualname__}"
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -306,11 +316,30 @@ class EnsembleChunkCritic(Network):
     :param action_dim: A
     :param n_heads: E
     :param width: hidden units of each head
+    :param first_action: index of the chunk's entry where the scored part begins; None is the policy's ``action_offset``
+    :raises ValueError: if ``first_action`` is negative
     """
 
-    def __init__(self, cond_dim: int, act_horizon: int, action_dim: int, n_heads: int = 10, width: int = 256) -> None:
-        super().__init__(cond_dim=cond_dim, act_horizon=act_horizon, action_dim=action_dim, n_heads=n_heads, width=width)
-        self.n_heads = n_heads
+    def __init__(
+        self,
+        cond_dim: int,
+        act_horizon: int,
+        action_dim: int,
+        n_heads: int = 10,
+        width: int = 256,
+        first_action: int | None = None,
+    ) -> None:
+        if first_action is not None and first_action < 0:
+            raise ValueError(f"first_action must be >= 0 or None, found {first_action}")
+        super().__init__(
+            cond_dim=cond_dim,
+            act_horizon=act_horizon,
+            action_dim=action_dim,
+            n_heads=n_heads,
+            width=width,
+            first_action=first_action,
+        )
+        self.n_heads, self.act_horizon, self.first_action = n_heads, act_horizon, first_action
         self.updates: th.Tensor
         self.register_buffer("updates", th.tensor(0))  # an untrained critic must not rank anything in silence
         layers: list[nn.Module] = []
@@ -321,7 +350,8 @@ class EnsembleChunkCritic(Network):
     def forward(self, cond: th.Tensor, chunk: th.Tensor) -> th.Tensor:
         """
         :param cond: (B, C)
-        :param chunk: executed part of the chunk, (B, H, A), or M chunks for each observation, (B, M, H, A)
+        :param chunk: scored part of the chunk, (B, H, A), or M chunks for each observation, (B, M, H, A); see
+            :meth:`SteerablePolicy.scored <sb3_dsrl.policies.base.SteerablePolicy.scored>`
         :return: (E, B) or (E, B, M)
         """
         layers: list[Any] = list(self.net)

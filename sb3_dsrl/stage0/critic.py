@@ -41,6 +41,7 @@ def train_critic(
     learning_rate: float = 3e-4,
     tau: float = 0.01,
     critic: EnsembleChunkCritic | None = None,
+    num_steps: int | None = None,
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
@@ -56,28 +57,35 @@ def train_critic(
     :param learning_rate: of Adam
     :param tau: soft update coefficient of the target critic
     :param critic: critic to train; None trains ``flow.critic`` in place
+    :param num_steps: decoding steps of the next chunks: those that will be played; None is the flow's own
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
     :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
     :return: the critic, frozen
-    :raises ValueError: if there is no critic to train
+    :raises ValueError: if there is no critic to train, or it scores another part of a chunk than what is executed
     """
     if seed is not None:
         th.manual_seed(seed)
     critic = critic or flow.critic
     if critic is None:
         raise ValueError("This flow was built without a critic: pass one as `critic`")
-    critic.train().requires_grad_(True)
+    if critic.first_action not in (None, flow.action_offset):
+        raise ValueError(
+            f"The critic scores chunks from entry {critic.first_action} on, but transitions hold what is executed, from entry "
+            f"{flow.action_offset} on: build it with first_action=None"
+        )
+    critic.to(flow.device).train().requires_grad_(True)
     target = AveragedModel(critic, multi_avg_fn=get_ema_multi_avg_fn(1 - tau))
     optimizer = th.optim.Adam(critic.parameters(), lr=learning_rate)
     parts: dict[str, Stateful] = dict(critic=critic, target=target, optimizer=optimizer)
     loop = ProgressLoop("stage 0: critic", n_iterations, progress_bar, tensorboard_log, checkpoint=checkpoint, parts=parts)
     for _ in loop:
-        batch = transitions[th.randint(len(transitions), (batch_size,), device=transitions.cond.device)]
+        index = th.randint(len(transitions), (batch_size,), device=transitions.cond.device)
+        batch = transitions[index].to(flow.device)
         with th.no_grad():
             w = th.randn(batch_size, *flow.noise_shape, device=batch.cond.device)
-            next_chunk = flow.executed(flow.decode(batch.next_cond, w, num_steps=min(2, flow.num_steps)))
+            next_chunk = flow.executed(flow.decode(batch.next_cond, w, num_steps))
         loss = critic_td_loss(critic, target, batch, next_chunk)
         optimizer.zero_grad()
         loss.backward()

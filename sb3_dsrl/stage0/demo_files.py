@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from sb3_dsrl.utils.integrity import check_sums, one_line
 
 def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str | None = None) -> Demos:
     """
-    Reads a ManiSkill trajectory file.
+    Reads a ManiSkill trajectory file. Warns about files that ``replay_trajectory`` converted to ``pd_ee_delta_pose``: their
+    rotations are not quite those that the controller understands.
 
     :param path: the ``.h5`` file; its ``.json`` must lie beside it
     :param num_demos: read only the first so many episodes; None reads all
@@ -40,7 +42,7 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
     if num_demos is not None and num_demos < 1:
         raise ValueError(f"num_demos must be at least 1, found {num_demos}")
     check_sums(path.with_suffix(".sha256"), (path, meta_path))
-    env_id, env_kwargs, listed = _read_json(meta_path)
+    env_id, env_kwargs, listed, has_source = _read_json(meta_path)
     # replay_trajectory rewrites the control mode of each episode; older files have it in env_kwargs only
     own_mode = _text(meta_path, env_kwargs, "control_mode")
     modes = {_text(meta_path, episode, "control_mode") or own_mode for episode in listed} or {own_mode}
@@ -53,6 +55,12 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         raise DemoError(
             f"{path} holds actions for control_mode={found_mode!r}, expected {control_mode!r}: "
             f"replay it with `python -m mani_skill.trajectory.replay_trajectory --target-control-mode {control_mode}`"
+        )
+    if found_mode == "pd_ee_delta_pose" and not has_source and env_kwargs.keys() >= _REPLAY_KEYS:
+        warnings.warn(
+            f"{path} looks as if replay_trajectory had converted it to pd_ee_delta_pose: ManiSkill 3.0.1 writes rotations as "
+            f"axis-angle there, where the controller reads Euler angles, so that they are up to 3% off; record with that "
+            f"controller instead, as examples/make_demos.py does"
         )
     try:
         with h5py.File(path, "r") as file:
@@ -85,8 +93,12 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
     )
 
 
-def _read_json(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """The env id, the arguments of the env, and what is said about each episode."""
+#: ``replay_trajectory`` sets all of these arguments of its env, and never writes a ``source_type``, as recorders of demos do.
+_REPLAY_KEYS = {"reward_mode", "render_mode", "sim_backend", "num_envs"}
+
+
+def _read_json(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]], bool]:
+    """The env id, the arguments of the env, what is said about each episode, and whether the source of the file is named."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -103,7 +115,7 @@ def _read_json(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
         raise DemoError(f"{path}: 'env_info/env_kwargs' is a {type(env_kwargs).__name__}, expected an object")
     if not isinstance(listed, list) or not all(isinstance(episode, dict) for episode in listed):
         raise DemoError(f"{path}: 'episodes' is no list of objects")
-    return env_id, env_kwargs, listed
+    return env_id, env_kwargs, listed, "source_type" in meta
 
 
 def _text(path: Path, entries: dict[str, Any], key: str) -> str | None:

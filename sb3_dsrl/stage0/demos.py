@@ -183,23 +183,23 @@ def seen_steps(steps: np.ndarray, obs_horizon: int) -> np.ndarray:
     return (steps[:, None] + np.arange(1 - obs_horizon, 1)).clip(min=0)
 
 
-def chunks_from_now(episode: Episode, control_mode: str, pred_horizon: int) -> np.ndarray:
+def chunks_from_now(episode: Episode, control_mode: str, horizon: int) -> np.ndarray:
     """
-    At every step of an episode the T actions from now on.
+    At every step of an episode the actions from now on: the first entries of a longer chunk are the shorter one.
 
     Past the end of the episode the chunk is filled as ManiSkill's diffusion-policy baseline does: delta controllers stand
     still and keep their gripper (the last dimension), others repeat the last action.
 
     :param episode: the episode
     :param control_mode: ManiSkill controller of its actions
-    :param pred_horizon: T
-    :return: (L, T, A)
+    :param horizon: actions in a chunk, T for the flow and H for the critic
+    :return: (L, horizon, A)
     """
     filler = episode.actions[-1].copy()
     if "delta" in control_mode:
         filler[:-1] = 0.0
-    padded = np.concatenate([episode.actions, np.tile(filler, (pred_horizon - 1, 1))])
-    return padded[np.arange(len(episode))[:, None] + np.arange(pred_horizon)]
+    padded = np.concatenate([episode.actions, np.tile(filler, (horizon - 1, 1))])
+    return padded[np.arange(len(episode))[:, None] + np.arange(horizon)]
 
 
 def action_windows(demos: Demos, obs_horizon: int, pred_horizon: int) -> tuple[np.ndarray, np.ndarray]:
@@ -236,7 +236,7 @@ def chunk_transitions(
     :param gamma: discount per env step
     :param ignore_terminations: as in ManiSkill: go on after success or failure
     :param reward_scale: factor on the rewards
-    :return: the transitions; a chunk that was cut is filled with its last action
+    :return: the transitions; their chunks are those of :func:`chunks_from_now`, also past what was executed
     :raises ValueError: if the file holds no rewards
     """
     parts: list[tuple[np.ndarray, ...]] = []
@@ -259,7 +259,7 @@ def chunk_transitions(
         parts.append(
             (
                 frames[start],
-                episode.actions[steps],
+                chunks_from_now(episode, demos.control_mode, act_horizon)[:length],
                 reward_scale * (episode.rewards[steps] * inside * powers).sum(axis=1),
                 np.where((stop == length) & terminal, 0.0, gamma ** (stop - start)),
                 frames[stop],

@@ -6,6 +6,9 @@ optionally weighted by exponentiated advantages as in AWAC (https://arxiv.org/ab
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,74 @@ from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.networks import VelocityNet
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.demos import Demos
+from sb3_dsrl.stage0.features import check_demos_fit
 from sb3_dsrl.stage0.weights import exp_weights
 from sb3_dsrl.stage0.windows import FeatureWindows, ImageWindows
 from sb3_dsrl.utils.checkpoint import Stateful, TrainingCheckpoint
+from sb3_dsrl.utils.devices import get_device
 from sb3_dsrl.utils.progress import ProgressLoop
+
+#: Demo windows that are decoded and scored together
+BLOCK_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class AdvantageWeighting:
+    """
+    Weighs demo windows by ``exp(beta * A)``, with the z-scored advantage A under ``flow.critic``. Train the critic first, with
+    :func:`train_critic`.
+
+    :param beta: inverse temperature
+    :param max_weight: clip of the weights
+    :raises ValueError: if one of them is not positive
+    """
+
+    beta: float = 1.0
+    max_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, found {value}; without advantage weighting pass advantage=None")
+
+
+@dataclass(frozen=True)
+class ImageTraining:
+    """
+    How a flow with images is trained.
+
+    :param train_encoder: train the encoder with the flow; False keeps it as it is and computes the features once
+    :param random_shift_pad: largest random shift in pixels while the encoder learns; 0 shifts nothing
+    :param memory: bytes of images that are held in memory at a time while the encoder learns
+    :raises ValueError: if ``random_shift_pad`` is negative
+    """
+
+    train_encoder: bool = True
+    random_shift_pad: int = 4
+    memory: float = 2e9
+
+    def __post_init__(self) -> None:
+        if self.random_shift_pad < 0:
+            raise ValueError(f"random_shift_pad must be >= 0, found {self.random_shift_pad}")
+
+
+def create_flow(demos: Demos | str | Path, policy_class: type[FlowPolicy] = FlowPolicy, **kwargs: Any) -> FlowPolicy:
+    """
+    An untrained flow that fits demos: sizes, observation mode, controller and env id are theirs, and so are the statistics
+    that its encoder normalises with.
+
+    :param demos: demos, or the path of an ``.h5`` file
+    :param policy_class: :class:`~sb3_dsrl.policies.diffusion.DiffusionPolicy` makes a diffusion policy
+    :param kwargs: arguments of :meth:`FlowPolicy.create`, such as ``net_class``, ``obs_horizon``, ``pred_horizon``,
+        ``act_horizon``, ``gamma``
+    """
+    if not isinstance(demos, Demos):
+        demos = load_demos(demos)
+    about = dict(env_id=demos.env_id, obs_mode=demos.obs_mode, control_mode=demos.control_mode)
+    sizes = dict(obs_dim=demos.obs_dim, action_dim=demos.action_dim, image_shapes=demos.image_shapes)
+    flow = policy_class.create(**(sizes | about | kwargs))
+    _fit_encoder(flow, demos)
+    return flow
 
 
 def train_flow(
@@ -32,14 +99,11 @@ def train_flow(
     batch_size: int = 128,
     learning_rate: float = 1e-3,
     ema_decay: float = 0.995,
-    beta: float = 0.0,
-    max_weight: float = 10.0,
-    consistency_fraction: float = 0.25,
-    train_encoder: bool = True,
-    random_shift_pad: int = 4,
-    image_memory: float = 2e9,
-    policy_class: type[FlowPolicy] = FlowPolicy,
+    advantage: AdvantageWeighting | None = None,
+    images: ImageTraining | None = None,
+    loss_kwargs: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    device: th.device | str = "auto",
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
     checkpoint: TrainingCheckpoint | None = None,
@@ -47,94 +111,135 @@ def train_flow(
 ) -> FlowPolicy:
     """
     Stage 0: trains a flow on demos by (advantage-weighted) shortcut flow matching. If the demos hold images, the image
-    encoder is trained with it, under random shifts, and the images are read from the file as they are needed.
+    encoder is trained with it, under random shifts, and the images are read from the file as they are needed. An encoder
+    that was never fitted to demos is fitted to these.
 
     :param demos: demos, or the path of an ``.h5`` file
-    :param flow: policy to go on with; None creates one that fits the demos
+    :param flow: policy to go on with; None creates one with :func:`create_flow`
     :param n_iterations: optimiser steps
     :param batch_size: windows in a batch
     :param learning_rate: start of a cosine schedule to 0 (AdamW)
     :param ema_decay: decay per iteration of the moving average, which is the teacher and the result
-    :param beta: inverse temperature of the advantage weights ``exp(beta * A)``, A from ``flow.critic`` (train it first, with
-        :func:`train_critic`); 0 is plain flow matching
-    :param max_weight: clip of these weights
-    :param consistency_fraction: part of each batch for the self-consistency loss of a shortcut flow
-    :param train_encoder: train the encoder, if it has weights; False keeps them, and computes the features once
-    :param random_shift_pad: largest random shift of images in pixels; 0 shifts nothing
-    :param image_memory: bytes of images that are held in memory at a time
-    :param policy_class: class of a new policy; :class:`~sb3_dsrl.policies.diffusion.DiffusionPolicy` trains a diffusion policy
+    :param advantage: weighs the demos by the advantages that ``flow.critic`` sees; None weighs all alike
+    :param images: how images are handled; None is ``ImageTraining()`` if there are any
+    :param loss_kwargs: further arguments of ``flow.imitation_loss``, such as ``consistency_fraction`` of a shortcut flow
     :param seed: seeds torch's global generator; None leaves it alone
+    :param device: where the flow goes and is trained; "auto" is a GPU where there is one
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
     :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
-    :param create_kwargs: arguments of :meth:`FlowPolicy.create` when ``flow`` is None, such as ``net_class``,
+    :param create_kwargs: arguments of :func:`create_flow` when ``flow`` is None, such as ``policy_class``, ``net_class``,
         ``obs_horizon``, ``pred_horizon``, ``act_horizon``, ``gamma``
     :return: the trained policy, frozen
-    :raises ValueError: if demos and flow do not fit, ``beta > 0`` without a trained critic, or arguments
-        contradict each other
+    :raises ValueError: if demos and flow do not fit, ``advantage`` comes without a trained critic, or an argument was given
+        that cannot apply
     """
     if seed is not None:
         th.manual_seed(seed)
-    if not 0 <= consistency_fraction < 1:
-        raise ValueError(f"consistency_fraction must lie in [0, 1), found {consistency_fraction}")
     if flow is not None and create_kwargs:
         raise ValueError(f"{sorted(create_kwargs)} describe a new flow, but a flow was given")
     if not isinstance(demos, Demos):
         demos = load_demos(demos)
     if flow is None:
-        about = dict(env_id=demos.env_id, obs_mode=demos.obs_mode, control_mode=demos.control_mode)
-        sizes = dict(obs_dim=demos.obs_dim, action_dim=demos.action_dim, image_shapes=demos.image_shapes)
-        flow = policy_class.create(**(sizes | about | create_kwargs))
-        if demos.obs_dim:
-            flow.encoder.fit(th.from_numpy(demos.frames()))
-    learns_to_see = train_encoder and any(True for _ in flow.encoder.parameters())
+        flow = create_flow(demos, **create_kwargs)
+    loss_kwargs = dict(loss_kwargs or {})
+    learns_to_see = _learns_to_see(flow, demos, images)
+    _check_settings(flow, advantage, learns_to_see, loss_kwargs)
+    _fit_encoder(flow, demos)
+    flow.to(get_device(device))
     windows: FeatureWindows | ImageWindows
     if learns_to_see:
-        if beta > 0:
-            raise ValueError("beta > 0 needs features that stay as the critic knows them: set train_encoder=False")
-        windows = ImageWindows(flow, demos, random_shift_pad, image_memory)
+        images = images or ImageTraining()
+        windows = ImageWindows(flow, demos, images.random_shift_pad, images.memory)
     else:
         windows = FeatureWindows(flow, demos)
-        if beta > 0:
-            windows.weights = exp_weights(beta * _demo_advantages(flow, windows.cond, windows.chunk), max_weight)
+        if advantage is not None:
+            advantages = _demo_advantages(flow, windows.cond, windows.chunk)
+            windows.weights = exp_weights(advantage.beta * advantages, advantage.max_weight)
 
-    velocity: VelocityNet = flow.net.train().requires_grad_(True)
-    learning: list[nn.Module] = [velocity, flow.encoder.train().requires_grad_(True)] if learns_to_see else [velocity]
-    averages = [AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) for net in learning]
-    parameters = [parameter for net in learning for parameter in net.parameters()]
+    net: VelocityNet = flow.net.train().requires_grad_(True)
+    learning: list[nn.Module] = [net, flow.encoder.train().requires_grad_(True)] if learns_to_see else [net]
+    averages = [AveragedModel(part, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) for part in learning]
+    parameters = [parameter for part in learning for parameter in part.parameters()]
     optimizer = th.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_iterations)
     parts: dict[str, Stateful] = dict(optimizer=optimizer, schedule=schedule, windows=windows)
-    for i, (net, average) in enumerate(zip(learning, averages, strict=True)):
-        parts |= {f"network {i}": net, f"average {i}": average}
+    for i, (part, average) in enumerate(zip(learning, averages, strict=True)):
+        parts |= {f"network {i}": part, f"average {i}": average}
     loop = ProgressLoop("stage 0: flow", n_iterations, progress_bar, tensorboard_log, checkpoint=checkpoint, parts=parts)
     for _ in loop:
         cond, chunk, weights = windows.sample(batch_size)
-        losses = flow.imitation_loss(averages[0], cond, chunk, weights, consistency_fraction)
+        losses = flow.imitation_loss(averages[0], cond, chunk, weights, **loss_kwargs)
         optimizer.zero_grad()
-        sum(losses.values(), th.zeros(())).backward()
+        th.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        for average, net in zip(averages, learning, strict=True):
-            average.update_parameters(net)
+        for average, part in zip(averages, learning, strict=True):
+            average.update_parameters(part)
         loop.log(losses)
-    for average, net in zip(averages, learning, strict=True):
-        net.load_state_dict(average.module.state_dict())
+    for average, part in zip(averages, learning, strict=True):
+        part.load_state_dict(average.module.state_dict())
     return flow.freeze()
+
+
+def _fit_encoder(flow: FlowPolicy, demos: Demos) -> None:
+    """Fits statistics that were never fitted, of a flow that was created elsewhere, say."""
+    check_demos_fit(flow, demos)
+    if not demos.obs_dim or not flow.encoder.needs_fit:
+        return
+    if flow.critic is not None and flow.critic.updates:
+        raise ValueError(
+            "The flow's critic was trained on observations that are not normalised, and normalising them now would make it "
+            "useless: create the flow with create_flow(demos), or its encoder with normalize=False"
+        )
+    flow.encoder.fit(th.from_numpy(demos.frames()).to(flow.device))
+
+
+def _learns_to_see(flow: FlowPolicy, demos: Demos, images: ImageTraining | None) -> bool:
+    has_weights = any(True for _ in flow.encoder.parameters())
+    if images is not None and demos.image_shapes is None:
+        raise ValueError(f"images was given, but {demos.path} holds no images")
+    if images is not None and images.train_encoder and not has_weights:
+        raise ValueError("images.train_encoder is set, but the flow's encoder has no weights to train")
+    return has_weights and (images is None or images.train_encoder)
+
+
+def _check_settings(
+    flow: FlowPolicy, advantage: AdvantageWeighting | None, learns_to_see: bool, loss_kwargs: Mapping[str, Any]
+) -> None:
+    """What can be said before anything is computed."""
+    if flow.action_offset:
+        raise ValueError(
+            f"train_flow makes chunks whose entry 0 is the action for now, but the flow's action_offset is "
+            f"{flow.action_offset}"
+        )
+    if advantage is not None and learns_to_see:
+        raise ValueError(
+            "advantage needs features that stay as the critic knows them: pass images=ImageTraining(train_encoder=False)"
+        )
+    if advantage is not None and (flow.critic is None or not flow.critic.updates):
+        raise ValueError(
+            "advantage weights the demos by the critic's advantages: train one first, with train_critic(flow, ...)"
+        )
+    own = list(inspect.signature(flow.imitation_loss).parameters.values())[4:]  # after teacher, cond, chunk and weights
+    known = [parameter.name for parameter in own]
+    unknown = sorted(loss_kwargs.keys() - set(known))
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+        raise ValueError(f"loss_kwargs holds {unknown}, but {type(flow).__name__}.imitation_loss takes {known or 'none'}")
 
 
 @th.no_grad()
 def _demo_advantages(flow: SteerablePolicy, cond: th.Tensor, chunk: th.Tensor, n_samples: int = 4) -> th.Tensor:
     """Z-scored advantages Q(s, a_demo) - mean over the flow's own chunks Q(s, a), (n,)."""
-    if flow.critic is None or not flow.critic.updates:
-        raise ValueError(
-            "beta > 0 weights the demos by the critic's advantages: train one first, with train_critic(flow, ...)"
-        )
-    q = flow.critic.get_ucb_q(cond, flow.executed(chunk), kappa=0.0)
-    own = [
-        flow.critic.get_ucb_q(cond, flow.executed(flow.decode(cond, th.randn_like(chunk))), kappa=0.0)
-        for _ in range(n_samples)
-    ]
-    advantage = q - th.stack(own).mean(dim=0)
+    critic = flow.critic
+    assert critic is not None
+    parts = []
+    for at, demo in zip(cond.split(BLOCK_SIZE), chunk.split(BLOCK_SIZE), strict=True):
+        own = [
+            critic.get_ucb_q(at, flow.scored(flow.decode(at, th.randn_like(demo)), critic), kappa=0.0)
+            for _ in range(n_samples)
+        ]
+        parts.append(critic.get_ucb_q(at, flow.scored(demo, critic), kappa=0.0) - th.stack(own).mean(dim=0))
+    advantage = th.cat(parts)
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)

@@ -77,8 +77,8 @@ def lie(key: str, signed: bool = False, **changes: Any) -> Change:
 
 def network(name: str) -> Change:
     def change(folder: Path) -> None:
-        velocity = json.loads((folder / "config.json").read_text())["velocity"]
-        config(velocity=velocity | {"class": name})(folder)
+        net = json.loads((folder / "config.json").read_text())["net"]
+        config(net=net | {"class": name})(folder)
 
     return loaded(change)
 

@@ -15,7 +15,7 @@ from tests.envs import scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
 from tests.faults.demo_files import flip_contents
 from tests.faults.flow_files import cut
-from tests.test_legacy import ASKED, Checkpoint
+from tests.test_awsc import ASKED, Checkpoint
 
 NO_CHECKPOINT = r" is not a checkpoint of tensors: it is damaged or holds code, which is never run"
 

@@ -211,7 +211,7 @@ CASES = [
     Case("batched: NaN as a reward", batched("nan reward"), r"The simulator: rewards of envs \[1\] are NaN or infinite"),
     Case(
         "flow that decodes to NaN",
-        decoded(lambda: broken_flow("velocity.inlet.weight")),
+        decoded(lambda: broken_flow("net.inlet.weight")),
         "The flow decodes finite noise to NaN or infinite values: its weights are damaged",
     ),
     Case(

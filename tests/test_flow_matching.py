@@ -1,41 +1,32 @@
 """Stage 0: the losses against brute force, and small learning problems with known answers."""
 
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, demo_transitions, train_critic, train_flow
+from sb3_dsrl import (
+    AdvantageWeighting,
+    FlowPolicy,
+    ImageTraining,
+    StateEncoder,
+    VelocityMLP,
+    create_flow,
+    demo_transitions,
+    train_critic,
+    train_flow,
+)
 from sb3_dsrl.policies.losses import shortcut_loss
-from sb3_dsrl.stage0.critic import critic_td_loss
-from sb3_dsrl.stage0.demos import Demos, Episode, chunk_transitions
-from sb3_dsrl.stage0.features import FeatureTransitions, check_demos_fit
+from sb3_dsrl.policies.networks import VelocityNet
+from sb3_dsrl.stage0.features import check_demos_fit
+from sb3_dsrl.stage0.flow_matching import _demo_advantages
 from sb3_dsrl.stage0.weights import exp_weights
+from tests.stage0 import SMALL, make_demos, random_demos, scalars
 from tests.toys import linear_flow
-
-SMALL = dict(net_class=VelocityMLP, net_kwargs=dict(width=48, n_blocks=1, embed_dim=16), obs_horizon=1)
-
-
-def make_demos(actions: np.ndarray, obs: np.ndarray, rewards: np.ndarray | None = None) -> Demos:
-    """Episodes of equal length; actions (n, L, A), obs (n, L + 1, D)."""
-    done = np.zeros(actions.shape[1], bool)
-    episodes = [
-        Episode(o.astype(np.float32), a.astype(np.float32), np.ones(len(a), np.float32) if rewards is None else r, done, None)
-        for o, a, r in zip(obs, actions, actions[..., 0] if rewards is None else rewards, strict=True)
-    ]
-    return Demos(Path("made.h5"), episodes, "PushCube-v1", "state", "pd_joint_pos", "sparse")
-
-
-def random_demos(n: int = 6, length: int = 5) -> Demos:
-    rng = np.random.default_rng(0)
-    return make_demos(rng.uniform(-1, 1, (n, length, 2)), rng.standard_normal((n, length + 1, 3)))
-
 
 # Weights
 
@@ -150,20 +141,22 @@ class PrefersUp(nn.Module):
     """A critic that likes chunks with large first actions."""
 
     updates = 1  # hand-made, hence as good as trained
+    act_horizon, first_action = 1, None
 
     def get_ucb_q(self, cond: th.Tensor, chunk: th.Tensor, kappa: float = 1.0) -> th.Tensor:
         return 3.0 * chunk[:, 0, 0] + 7.0
 
 
-def share_of_upper_mode(beta: float, critic: nn.Module | None = None) -> float:
+def share_of_upper_mode(advantage: AdvantageWeighting | None, critic: nn.Module | None = None) -> float:
     """Trains on two modes of equal mass, +0.6 and -0.6, in every state."""
     rng = np.random.default_rng(0)
     modes = rng.permuted(np.repeat([-0.6, 0.6], 150)).reshape(300, 1, 1)
     demos = make_demos(modes + 0.05 * rng.standard_normal((300, 4, 1)), rng.standard_normal((300, 5, 2)))
     th.manual_seed(0)
     net = VelocityMLP(1, 1, 2, width=48, n_blocks=1, embed_dim=16)
-    flow = FlowPolicy(StateEncoder(2, 1), net, critic, act_horizon=1, num_steps=8)  # type: ignore[arg-type]
-    train_flow(demos, flow, n_iterations=500, learning_rate=4e-3, ema_decay=0.98, beta=beta, seed=0)
+    encoder = StateEncoder(2, 1, normalize=False)
+    flow = FlowPolicy(encoder, net, critic, act_horizon=1, num_steps=8)  # type: ignore[arg-type]
+    train_flow(demos, flow, n_iterations=500, learning_rate=4e-3, ema_decay=0.98, advantage=advantage, seed=0)
     chunk = flow.sample(th.randn(3000, 1, 2))
     assert (chunk.abs() - 0.6).abs().median() < 0.15  # the modes stay where they are
     return float((chunk > 0).double().mean())
@@ -171,9 +164,9 @@ def share_of_upper_mode(beta: float, critic: nn.Module | None = None) -> float:
 
 def test_advantage_weights_shift_the_flow_to_the_better_mode() -> None:
     plain, weak, strong = (
-        share_of_upper_mode(0.0),
-        share_of_upper_mode(0.5, PrefersUp()),
-        share_of_upper_mode(2.0, PrefersUp()),
+        share_of_upper_mode(None),
+        share_of_upper_mode(AdvantageWeighting(0.5), PrefersUp()),
+        share_of_upper_mode(AdvantageWeighting(2.0), PrefersUp()),
     )
     # z-scored advantages of two equal modes are +1 and -1, so the better one gets e^(2 beta) times the weight
     assert plain == pytest.approx(0.5, abs=0.08)
@@ -181,110 +174,12 @@ def test_advantage_weights_shift_the_flow_to_the_better_mode() -> None:
     assert strong > 0.93
 
 
-def test_beta_needs_a_critic() -> None:
-    with pytest.raises(ValueError, match=r"beta > 0 weights the demos by the critic's advantages: train one first"):
-        share_of_upper_mode(1.0, critic=None)
-
-
-# The critic
-
-
-def chain(n: int, gamma_k: float) -> FeatureTransitions:
-    """0 -> 1 -> 2 -> end, with rewards 1, 0.5 and 2; what comes after the end looks like 0. Chunks do not matter."""
-    at = th.arange(3).repeat(n)
-    features = th.eye(3)
-    return FeatureTransitions(
-        cond=features[at],
-        chunk=th.rand(3 * n, 1, 2) * 2 - 1,
-        reward=th.tensor([1.0, 0.5, 2.0])[at],
-        discount=th.tensor([gamma_k, gamma_k**2, 0.0])[at],  # the second chunk lasts twice as long
-        next_cond=features[(at + 1) % 3],
-    )
-
-
-def test_critic_reaches_the_smdp_value_of_a_chain() -> None:
-    th.manual_seed(0)
-    flow, gamma_k = linear_flow(obs_dim=3), 0.8
-    critic = train_critic(flow, chain(200, gamma_k), n_iterations=600, learning_rate=2e-3, tau=0.05, seed=0)
-    q2 = 2.0
-    q1 = 0.5 + gamma_k**2 * q2
-    q0 = 1.0 + gamma_k * q1
-    with th.no_grad():
-        q = critic(th.eye(3).repeat(50, 1), th.rand(150, 1, 2) * 2 - 1).reshape(2, 50, 3)
-    for head in q.mean(dim=1):
-        np.testing.assert_allclose(head, [q0, q1, q2], atol=0.1)
-    assert critic is flow.critic
-    assert not any(parameter.requires_grad for parameter in critic.parameters()) and not critic.training
-
-
-def test_critic_bootstraps_from_chunks_of_the_flow_not_of_the_data() -> None:
-    """The last reward is the chunk's mean. The flow sends every noise to about +1, the data are symmetric."""
-    th.manual_seed(0)
-    n = 500
-    chunk = th.rand(2 * n, 1, 2) * 2 - 1
-    features, last = th.eye(2).repeat(n, 1), th.tensor([False, True]).repeat(n)
-    transitions = FeatureTransitions(
-        features, chunk, chunk.mean(dim=(1, 2)) * last, th.where(last, 0.0, 0.9), features.roll(1, 1)
-    )
-    critic = train_critic(linear_flow(b=4.0), transitions, n_iterations=600, learning_rate=2e-3, tau=0.05, seed=0)
-    with th.no_grad():
-        q = critic(th.tensor([[1.0, 0.0]]).repeat(200, 1), th.rand(200, 1, 2) * 2 - 1).mean()
-    assert q.item() == pytest.approx(0.9, abs=0.1)
-
-
-def test_td_loss_lets_each_head_follow_its_own_target() -> None:
-    th.manual_seed(0)
-    batch, next_chunk = chain(4, 0.8), th.randn(12, 1, 2)
-    critic, target = (EnsembleChunkCritic(3, 1, 2, n_heads=3, width=8) for _ in range(2))
-    expected = 0.0
-    for head in range(3):
-        q, next_q = critic(batch.cond, batch.chunk)[head], target(batch.next_cond, next_chunk)[head]
-        expected += (q - (batch.reward + batch.discount * next_q)).pow(2).mean() / 3
-    loss = critic_td_loss(critic, target, batch, next_chunk)
-    th.testing.assert_close(loss, expected)
-    loss.backward()
-    assert all(parameter.grad is None for parameter in target.parameters())
-
-
-def test_critic_given_by_hand_is_trained_instead() -> None:
-    flow = linear_flow(obs_dim=3)
-    before = deepcopy(flow.critic.state_dict())
-    mine = EnsembleChunkCritic(3, 1, 2, n_heads=2, width=8)
-    start = deepcopy(mine.state_dict())
-    assert train_critic(flow, chain(5, 0.8), critic=mine, n_iterations=2) is mine
-    assert all(th.equal(value, before[key]) for key, value in flow.critic.state_dict().items())
-    assert not th.equal(mine.state_dict()["net.0.weight"], start["net.0.weight"])
-    flow.critic = None
-    with pytest.raises(ValueError, match=r"This flow was built without a critic: pass one as `critic`"):
-        train_critic(flow, chain(5, 0.8))
+def test_advantage_needs_a_critic() -> None:
+    with pytest.raises(ValueError, match=r"advantage weights the demos by the critic's advantages: train one first"):
+        share_of_upper_mode(AdvantageWeighting(), critic=None)
 
 
 # Data
-
-
-def test_demo_transitions_are_those_of_the_demos_in_features() -> None:
-    demos = random_demos()
-    demos.episodes[0].terminated[2] = True
-    flow = FlowPolicy.create(3, 2, pred_horizon=4, act_horizon=3, gamma=0.9, reward_scale=5.0, **SMALL)
-    flow.encoder.fit(th.from_numpy(demos.frames()))
-    for ignore in (False, True):
-        found = demo_transitions(flow, demos, ignore_terminations=ignore)
-        raw = chunk_transitions(demos, 1, 3, 0.9, ignore, reward_scale=5.0)
-        for name in ("chunk", "reward", "discount"):
-            np.testing.assert_array_equal(getattr(found, name), getattr(raw, name))
-        th.testing.assert_close(found.cond, flow.encode(raw.obs))
-        th.testing.assert_close(found.next_cond, flow.encode(raw.next_obs))
-        assert (found.discount == 0).any() != ignore
-
-
-def test_feature_transitions_add_and_index() -> None:
-    a, b = chain(2, 0.8), chain(1, 0.5)
-    both = a + b
-    assert len(both) == 9
-    index = th.tensor([7, 0])
-    for name, value in vars(both[index]).items():
-        expected = th.stack([getattr(b, name)[1], getattr(a, name)[0]])
-        assert th.equal(value, expected), name
 
 
 @pytest.mark.parametrize(
@@ -304,7 +199,7 @@ def test_demos_must_fit_the_flow(flow_kwargs: dict[str, Any], sentence: str) -> 
     check_demos_fit(linear_flow(obs_dim=3), random_demos())  # a flow that does not say is for anything
 
 
-# The loops
+# The loop
 
 
 def test_nan_loss_raises() -> None:
@@ -314,28 +209,11 @@ def test_nan_loss_raises() -> None:
         ValueError, match=r"stage 0: flow: flow/matching_loss is nan at iteration \d+; check the data or lower"
     ):
         train_flow(demos, n_iterations=5, pred_horizon=2, act_horizon=1, **SMALL)
-    transitions = replace(chain(5, 0.8), reward=th.full((15,), np.inf))
-    with pytest.raises(ValueError, match=r"stage 0: critic: critic/td_loss is (nan|inf) at iteration \d+"):
-        train_critic(linear_flow(obs_dim=3), transitions, n_iterations=5)
-
-
-def scalars(folder: Path) -> dict[str, list[int]]:
-    """Name -> steps of all scalars in a TensorBoard folder."""
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_tensorboard(tmp_path: Path) -> None:
     train_flow(random_demos(), n_iterations=103, tensorboard_log=tmp_path / "a", pred_horizon=2, act_horizon=1, **SMALL)
     assert scalars(tmp_path / "a") == {name: [0, 100, 102] for name in ("flow/matching_loss", "flow/consistency_loss")}
-    train_critic(linear_flow(obs_dim=3), chain(5, 0.8), n_iterations=3, tensorboard_log=tmp_path / "b")
-    assert scalars(tmp_path / "b") == {"critic/td_loss": [0, 2]}
-
-
-def test_progress_bar_is_shown_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
-    for shown in (False, True):
-        train_critic(linear_flow(obs_dim=3), chain(5, 0.8), n_iterations=3, progress_bar=shown)
-        assert ("stage 0: critic: 100%" in capsys.readouterr().err) == shown
 
 
 def trained_state(seed: int | None) -> dict[str, th.Tensor]:
@@ -365,7 +243,8 @@ def test_without_seed_the_global_generator_decides() -> None:
 
 def test_result_is_the_moving_average() -> None:
     def trained(ema_decay: float) -> th.Tensor:
-        kwargs = dict(n_iterations=3, consistency_fraction=0.0, seed=0, pred_horizon=2, act_horizon=1, **SMALL)
+        kwargs: dict[str, Any] = dict(loss_kwargs=dict(consistency_fraction=0.0), n_iterations=3, seed=0)
+        kwargs |= dict(pred_horizon=2, act_horizon=1, **SMALL)
         return train_flow(random_demos(), ema_decay=ema_decay, **kwargs).net.outlet[2].weight.double()
 
     first, third = trained(1.0), trained(0.0)  # the weights after the first and the last iteration
@@ -382,12 +261,106 @@ def test_short_trainings_work(n_iterations: int) -> None:
 
 def test_training_goes_on_with_the_flow_that_is_given() -> None:
     demos = random_demos()
-    flow = FlowPolicy.create(3, 2, pred_horizon=2, act_horizon=1, **SMALL).freeze()
+    flow = create_flow(demos, pred_horizon=2, act_horizon=1, **SMALL).freeze()
     before = deepcopy(flow.state_dict())
     assert train_flow(demos, flow, n_iterations=3) is flow
     assert not any(parameter.requires_grad for parameter in flow.parameters())
-    for (
-        key,
-        value,
-    ) in flow.state_dict().items():  # the encoder is part of what it learned before, the critic has its own training
+    for key, value in flow.state_dict().items():  # the encoder stays as it was fitted, the critic has its own training
         assert th.equal(value, before[key]) == (not key.startswith("net.")), key
+
+
+# Creating, fitting, moving
+
+
+def test_create_flow_has_the_sizes_and_statistics_of_the_demos() -> None:
+    demos = random_demos()
+    flow = create_flow(demos, pred_horizon=2, act_horizon=1, **SMALL)
+    assert (flow.obs_shapes, flow.action_dim, flow.env_id, flow.control_mode) == ((3,), 2, "PushCube-v1", "pd_joint_pos")
+    np.testing.assert_allclose(flow.encoder.mean, demos.frames().mean(axis=0), rtol=1e-5)
+    assert not flow.encoder.needs_fit and flow.net.training
+
+
+@pytest.mark.parametrize("fitted", ["never", "before", "not normalised"])
+def test_statistics_of_a_flow_created_elsewhere_are_fitted_unless_they_were(fitted: str) -> None:
+    demos = random_demos()
+    flow = FlowPolicy.create(3, 2, pred_horizon=2, act_horizon=1, **SMALL)
+    if fitted == "before":
+        flow.encoder.fit(th.tensor([[1.0, 2.0, 3.0], [3.0, 6.0, 9.0]]))
+    elif fitted == "not normalised":
+        flow = FlowPolicy(StateEncoder(3, 1, normalize=False), flow.net, act_horizon=1)
+    mean = flow.encoder.mean.clone()
+    train_flow(demos, flow, n_iterations=1)
+    expected = demos.frames().mean(axis=0) if fitted == "never" else mean
+    np.testing.assert_allclose(flow.encoder.mean, expected, rtol=1e-5)
+
+
+def test_statistics_are_not_fitted_under_a_trained_critic() -> None:
+    demos = random_demos()
+    flow = FlowPolicy.create(3, 2, pred_horizon=2, act_horizon=1, **SMALL)
+    train_critic(flow, demo_transitions(flow, demos), n_iterations=1)
+    with pytest.raises(ValueError, match=r"critic was trained on observations that are not normalised.*create_flow\(demos\)"):
+        train_flow(demos, flow, n_iterations=1)
+
+
+def test_flow_goes_to_the_device_that_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, moved = [], []
+    monkeypatch.setattr("sb3_dsrl.stage0.flow_matching.get_device", lambda device: asked.append(device) or th.device("cpu"))
+    monkeypatch.setattr(FlowPolicy, "to", lambda flow, device: moved.append(device) or flow)
+    train_flow(random_demos(), n_iterations=1, pred_horizon=2, act_horizon=1, **SMALL)
+    assert asked == ["auto"] and moved == [th.device("cpu")]
+
+
+class Watched(VelocityNet):
+    """Remembers the largest batch."""
+
+    largest = 0
+
+    def forward(self, x: th.Tensor, t: th.Tensor, d: th.Tensor, cond: th.Tensor) -> th.Tensor:
+        Watched.largest = max(Watched.largest, len(x))
+        return -x + cond[:, :1, None]
+
+
+class WatchedCritic(PrefersUp):
+    largest = 0
+
+    def get_ucb_q(self, cond: th.Tensor, chunk: th.Tensor, kappa: float = 1.0) -> th.Tensor:
+        WatchedCritic.largest = max(WatchedCritic.largest, len(chunk))
+        return super().get_ucb_q(cond, chunk, kappa)
+
+
+def test_advantages_of_many_demos_are_computed_in_blocks() -> None:
+    net = Watched(1, 1, 2)
+    flow = FlowPolicy(StateEncoder(2, 1), net, WatchedCritic(), act_horizon=1, num_steps=1)  # type: ignore[arg-type]
+    cond, chunk = th.randn(5000, 2), th.rand(5000, 1, 1)
+    found = _demo_advantages(flow, cond, chunk)
+    expected = 3 * (chunk[:, 0, 0] - cond[:, 0].clamp(-1, 1))  # every noise decodes to the first feature
+    th.testing.assert_close(found, (expected - expected.mean()) / expected.std(), atol=1e-4, rtol=1e-4)
+    assert 0 < Watched.largest <= 1024 and 0 < WatchedCritic.largest <= 1024
+
+
+# What cannot apply is refused
+
+
+def test_settings_that_cannot_apply_are_refused() -> None:
+    demos, flow = random_demos(), create_flow(random_demos(), pred_horizon=2, act_horizon=1, **SMALL)
+    offset = FlowPolicy(StateEncoder(3, 1), VelocityMLP(2, 2, 3, width=8), act_horizon=1, action_offset=1)
+    for kwargs, sentence in (
+        (dict(images=ImageTraining()), "images was given, but made.h5 holds no images"),
+        (dict(flow=flow, policy_class=FlowPolicy), r"\['policy_class'\] describe a new flow, but a flow was given"),
+        (dict(flow=flow, pred_horizon=4), r"\['pred_horizon'\] describe a new flow, but a flow was given"),
+        (
+            dict(flow=flow, loss_kwargs=dict(n_levels=2)),
+            r"loss_kwargs holds \['n_levels'\], but FlowPolicy.imitation_loss takes \['consistency_fraction'\]",
+        ),
+        (dict(flow=flow, loss_kwargs=dict(consistency_fraction=1.0)), r"must lie in \[0, 1\), found 1.0"),
+        (dict(flow=offset), "entry 0 is the action for now, but the flow's action_offset is 1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            train_flow(demos, n_iterations=1, **kwargs)  # type: ignore[arg-type]
+    for make, sentence in (
+        (lambda: AdvantageWeighting(beta=0.0), "beta must be positive, found 0.0"),
+        (lambda: AdvantageWeighting(max_weight=-1.0), "max_weight must be positive, found -1.0"),
+        (lambda: ImageTraining(random_shift_pad=-1), "random_shift_pad must be >= 0, found -1"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make()

@@ -10,6 +10,8 @@ from torch import nn
 
 from sb3_dsrl import FlowPolicy, LatentSteeringWrapper
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
+from sb3_dsrl.steering.scores import score_noises
+from sb3_dsrl.steering.steering import Steering
 from tests.envs import scripted
 
 A, T, H, OBS_HORIZON, STATE, VISUAL = 2, 8, 4, 2, 5, 256
@@ -196,12 +198,33 @@ def test_same_as_the_agent(tmp_path: Path, images: bool, heads: int | None, onli
     executed = chunk[:, OBS_HORIZON - 1 : OBS_HORIZON - 1 + H]
     assert th.equal(flow.executed(chunk), executed)
     assert flow.critic is not None
-    th.testing.assert_close(flow.critic(cond, executed), checkpoint.q(cond, executed), atol=1e-5, rtol=1e-5)
+    scored = chunk[:, :H]  # the agent's own slice: its critic scores from the oldest frame on
+    assert th.equal(flow.scored(chunk, flow.critic), scored)
+    th.testing.assert_close(flow.critic(cond, scored), checkpoint.q(cond, scored), atol=1e-5, rtol=1e-5)
 
     flow.save_pretrained(tmp_path / "flow")
     again = FlowPolicy.from_pretrained(tmp_path / "flow")
     assert th.equal(again.decode(again.encode(obs), w), flow.decode(flow.encode(obs), w))
     assert again.fingerprint() == flow.fingerprint()
+    assert again.critic is not None and again.critic.first_action == 0 and not again.encoder.normalizes
+
+
+def test_scores_of_noises_are_the_agents(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "agent.pt")
+    flow = load_awsc_checkpoint(checkpoint.path, **ASKED)
+    assert flow.critic is not None
+    cond, w = th.randn(6, flow.cond_dim), th.randn(6, 3, T, A)
+    found = score_noises(Steering(flow, 0.9), flow.critic, cond, w, kappa=0.5)
+    for m in range(3):
+        q = checkpoint.q(cond, checkpoint.act(cond, w[:, m], 8)[:, :H])
+        th.testing.assert_close(found[:, m], q.mean(dim=0) - 0.5 * q.std(dim=0, unbiased=False), atol=1e-4, rtol=1e-4)
+
+
+def test_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Checkpoint(tmp_path / "agent.pt").path
+    assert load_awsc_checkpoint(path, **ASKED, device="meta").device.type == "meta"
+    monkeypatch.setattr("sb3_dsrl.policies.awsc.get_device", lambda device: th.device({"auto": "meta"}[device]))
+    assert load_awsc_checkpoint(path, **ASKED).device.type == "meta"
 
 
 def test_state_dim_instead_of_obs_horizon(tmp_path: Path) -> None:

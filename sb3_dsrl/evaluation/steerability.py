@@ -11,7 +11,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import pandas as pd
 import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
@@ -132,6 +131,8 @@ def rank_auc(score: np.ndarray, success: np.ndarray) -> float | None:
     n_failures = len(success) - n_success
     if not n_success or not n_failures:
         return None
+    import pandas as pd  # as in results.py: not at every import
+
     ranks = pd.Series(score).rank().to_numpy()[success.astype(bool)].sum()
     return float((ranks - n_success * (n_success + 1) / 2) / (n_success * n_failures))
 

@@ -1,4 +1,8 @@
-"""Latent steering of frozen flow policies with Stable-Baselines3."""
+"""Latent steering of frozen flow policies with Stable-Baselines3.
+
+"DSRL" is here dual-stage RL with latent steering: stage 1 offline, stage 2 online with stock PPO. Diffusion Steering via RL
+(https://arxiv.org/abs/2506.15799), which has the same initials, trains SAC on the noise.
+"""
 
 from typing import TYPE_CHECKING, Any
 

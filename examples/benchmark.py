@@ -34,6 +34,7 @@ from sb3_dsrl import (
     LatentPolicy,
     VecLatentSteering,
     VelocityMLP,
+    WorkerSettings,
     aw_mle_loss,
     demo_transitions,
     evaluate,
@@ -360,7 +361,7 @@ def bench_simulation(args: Args, flow: FlowPolicy, env_steps: int = 800) -> dict
         print(f"{n_envs} envs:", {name: round(rate) for name, rate in rates[n_envs].items()}, "env steps/s", flush=True)
         stock.close()
         latent.close()
-    one_process = make_latent_env(args.env_id, flow, 8, n_workers=1)
+    one_process = make_latent_env(args.env_id, flow, 8, workers=WorkerSettings(1))
     all_cores = make_latent_env(args.env_id, flow, 8)
     parts: dict[str, Callable[[], Any]] = {}
     for name, env in (("one", one_process), ("all", all_cores)):

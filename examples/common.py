@@ -44,8 +44,8 @@ class RunArgs:
     """Name of the run: its files are in runs/<exp_name>. <script>__<env_id>__<seed> if not given."""
     seed: int = 0
     """Seed of everything."""
-    sim_backend: Literal["auto", "physx_cpu", "physx_cuda"] = "auto"
-    """Simulator."""
+    sim_backend: Literal["physx_cpu", "physx_cuda", "cpu", "gpu"] = "physx_cpu"
+    """Simulator; cpu and gpu are short for the other two."""
     max_episode_steps: int | None = None
     """Time limit in env steps; the registered one if not given."""
     reward_mode: str = "normalized_dense"

@@ -10,6 +10,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
+from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import evaluate
 from sb3_dsrl.evaluation.results import EvalResult, results_table
@@ -70,6 +71,7 @@ __all__ = [
     "VecLatentSteering",
     "VelocityMLP",
     "VelocityUNet",
+    "WorkerSettings",
     "__version__",
     "aw_mle_loss",
     "collect_rollouts",

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, ppo_kwargs
 from sb3_dsrl.envs.ray_workers import RayWorker
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
-from sb3_dsrl.envs.workers import ProcessWorker
+from sb3_dsrl.envs.workers import ProcessWorker, WorkerSettings
 from sb3_dsrl.policies.diffusion import DiffusionPolicy
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from tests.envs import BatchedScriptedEnv, ScriptedEnv, gym_steered, scripted, tiny_flow, vec_steered
@@ -50,7 +50,7 @@ def env_fns(scripts: list[Script], flow: FlowPolicy, **chunk_kwargs: Any) -> lis
 
 def with_workers(worker: type) -> Callable[..., VecEnv]:
     def make(flow: FlowPolicy, scripts: list[Script], **chunk_kwargs: Any) -> VecEnv:
-        return VecLatentSteering(WorkerVecEnv(env_fns(scripts, flow, **chunk_kwargs), n_workers=2, worker=worker), flow)
+        return VecLatentSteering(WorkerVecEnv(env_fns(scripts, flow, **chunk_kwargs), WorkerSettings(2, worker=worker)), flow)
 
     return make
 
@@ -123,6 +123,11 @@ class Reference:
             "TimeLimit.truncated": truncated and not terminated,
             "is_success": self.successes[counted][-1],
             "action_chunk": chunk,
+            # the simulator's own: of the last step that was executed, also beyond a time limit
+            "success": self.successes[-1],
+            "elapsed_steps": len(self.rewards),
+            "gripper": dict(at=self.frames[-1][:2]),
+            "scene": "flat",
         }
         terminal = None
         if terminated or truncated:
@@ -177,7 +182,16 @@ def test_transitions(form: str, policy_class: type[FlowPolicy], act_horizon: int
                 assert dones[i] == expected.done, where
                 seen = [expected.info.pop(key, None) for key in ("macro_return", "macro_steps")]
                 for key, value in expected.info.items():
-                    np.testing.assert_allclose(infos[i][key], value, atol=atol, err_msg=f"{where}: {key}")
+                    found = infos[i][key]
+                    if key == "gripper":
+                        assert type(found["at"]) is np.ndarray
+                        found, value = found["at"], value["at"]
+                    if key == "scene":
+                        assert found == value, where
+                    else:
+                        np.testing.assert_allclose(found, value, atol=atol, err_msg=f"{where}: {key}")
+                ours = {"TimeLimit.truncated", "episode", "terminal_observation"} if expected.done else set()
+                assert infos[i].keys() == expected.info.keys() | ours, where
                 assert ("terminal_observation" in infos[i]) == expected.done, where
                 if expected.done:
                     ended += 1
@@ -242,7 +256,9 @@ def test_batched_maniskill_equals_the_gym_form(pair: tuple[VecEnv, LatentSteerin
             after = infos[0]["terminal_observation"] if dones[0] else obs[0]
             np.testing.assert_allclose(after, other, atol=1e-5)
             assert rewards[0] == pytest.approx(reward, abs=1e-5)
-            for key in info.keys() & infos[0].keys() - {"episode"}:
+            added = {"TimeLimit.truncated", "terminal_observation"} if dones[0] else {"TimeLimit.truncated"}
+            assert infos[0].keys() == info.keys() | added and {"elapsed_steps", "success"} <= info.keys()
+            for key in info.keys() - {"episode"}:
                 np.testing.assert_allclose(infos[0][key], info[key], atol=1e-5, err_msg=key)
         assert infos[0]["episode_length"] == 10 and infos[0]["success_at_end"] is False
 
@@ -298,7 +314,7 @@ def test_dict_observations(kind: str) -> None:
     chunk = np.random.default_rng(0).uniform(-1, 1, (5, 2, 3, 2)).astype(np.float32)
     single = ActionChunkWrapper(make(), 3, 2)
     if kind == "workers":
-        env: VecEnv = WorkerVecEnv([lambda: ActionChunkWrapper(make(), 3, 2)] * 2, n_workers=1)
+        env: VecEnv = WorkerVecEnv([lambda: ActionChunkWrapper(make(), 3, 2)] * 2, WorkerSettings(1))
     else:
         env = BatchedChunkEnv(BatchedScriptedEnv([make(), make()]), 3, 2)
     assert env.observation_space == single.observation_space

@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from benchmark.measuring import A, Args, side_by_side
 from benchmark.peers import raw_env, stock_workers
-from sb3_dsrl import ActionChunkWrapper, FlowPolicy, VecLatentSteering, make_latent_env
+from sb3_dsrl import ActionChunkWrapper, FlowPolicy, VecLatentSteering, WorkerSettings, make_latent_env
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 
 
@@ -40,7 +40,7 @@ def bench_simulation(args: Args, flow: FlowPolicy, env_steps: int = 800) -> dict
         print(f"{n_envs} envs:", {name: round(rate) for name, rate in rates[n_envs].items()}, "env steps/s", flush=True)
         stock.close()
         latent.close()
-    one_process = make_latent_env(args.env_id, flow, 8, n_workers=1)
+    one_process = make_latent_env(args.env_id, flow, 8, workers=WorkerSettings(1))
     all_cores = make_latent_env(args.env_id, flow, 8)
     parts: dict[str, Callable[[], Any]] = {}
     for name, env in (("one", one_process), ("all", all_cores)):

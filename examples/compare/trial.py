@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dsrl import FlowPolicy, SuccessEvalCallback, make_chunk_env, make_latent_env
+from sb3_dsrl import FlowPolicy, SuccessEvalCallback, WorkerSettings, make_chunk_env, make_latent_env
 from sb3_dsrl.steering.contract import SteerMode
 
 GAMMA = 0.99
@@ -97,7 +97,7 @@ class Trial:
             max_episode_steps=self.task.max_episode_steps,
             noise_bound=noise_bound,
             steer_mode=steer_mode,
-            n_workers=1,
+            workers=WorkerSettings(1),
             gamma=GAMMA,
         )
         self.env, self.eval_env = make(), make()
@@ -112,7 +112,7 @@ class Trial:
             act_horizon=act_horizon,
             control_mode=self.flow.control_mode,
             max_episode_steps=self.task.max_episode_steps,
-            n_workers=1,
+            workers=WorkerSettings(1),
             gamma=gamma,
         )
         self.env = make(reward_mode="sparse" if sparse else "normalized_dense", ignore_terminations=not sparse)

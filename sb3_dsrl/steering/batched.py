@@ -12,6 +12,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from sb3_dsrl.steering.batched_infos import last_counted, split_info
 from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
 from sb3_dsrl.steering.contract import ignores_terminations
 from sb3_dsrl.utils.observations import map_frames
@@ -26,7 +27,8 @@ class BatchedChunkEnv(VecEnv):
     are reset together at the end of the chunk.
 
     Observations are tensors on the simulator's device, (N, obs_horizon, D) or a dict of such, and so are terminal
-    observations; rewards, dones and infos are NumPy. :class:`~sb3_dsrl.VecLatentSteering` turns observations into features.
+    observations; rewards and dones are NumPy. :class:`~sb3_dsrl.VecLatentSteering` turns observations into features. Infos
+    hold what the simulator reported for that env at its last step that counts, and the keys of ActionChunkWrapper.
 
     :param env: env with ManiSkill's batched interface: ``num_envs``, ``device``, ``single_observation_space``,
         ``single_action_space``; ``step`` takes and gives tensors with a leading axis N; ``reset(options={"env_idx": ...})``
@@ -85,7 +87,7 @@ class BatchedChunkEnv(VecEnv):
         else:
             self._seeds = self._rng.integers(2**31, size=self.num_envs).tolist()
         obs, info = self.env.reset(seed=self._seeds, options=self._options[0] or {})  # type: ignore[arg-type]
-        self.reset_infos = [info] * self.num_envs
+        self.reset_infos = split_info(info, self.num_envs)
         self._reset_seeds()
         self._reset_options()
         self._frames = map_frames(self._filled, obs)
@@ -112,6 +114,7 @@ class BatchedChunkEnv(VecEnv):
         alive = th.ones(self.num_envs, dtype=th.bool, device=self.device)
         terminated, truncated, k = th.zeros_like(alive), th.zeros_like(alive), th.zeros_like(alive, dtype=th.float32)
         macro_reward = th.zeros_like(k)
+        report: dict[str, Any] = {}
         for i in range(self.act_horizon):
             if i and self.device.type == "cpu" and not alive.any():  # on a GPU the question would cost more than the answer
                 break
@@ -124,17 +127,17 @@ class BatchedChunkEnv(VecEnv):
             k += alive
             self._frames = map_frames(lambda old, new, alive=alive: self._pushed(old, new, alive), self._frames, obs)
             metrics.update(reward, info, alive)
+            report = info if self.ignore_terminations else last_counted(report, info, alive)
             if not self.ignore_terminations:
                 terminated |= ended & alive
                 alive = alive & ~ended
             truncated |= timed_out & alive
             metrics.close(timed_out & alive)
-        return self._finish(macro_reward, terminated, truncated, k)
+        return self._finish(report, self.reward_scale * macro_reward, terminated, truncated, k)
 
-    def _finish(self, macro_reward: th.Tensor, terminated: th.Tensor, truncated: th.Tensor, k: th.Tensor) -> VecEnvStepReturn:
-        macro_reward = self.reward_scale * macro_reward
+    def _finish(self, report: dict[str, Any], macro_reward: th.Tensor, *outcome: th.Tensor) -> VecEnvStepReturn:
         self._metrics.end_macro_step(macro_reward)
-        columns = (macro_reward, terminated, truncated, k, *self._metrics.rows())
+        columns = (macro_reward, *outcome, *self._metrics.rows())
         rows = th.stack([column.float() for column in columns]).cpu().numpy()  # one transfer
         rewards, ends, limits, lengths, returns, steps, seen, macro_steps, once, success = rows
         if not np.isfinite(rewards).all():
@@ -142,16 +145,15 @@ class BatchedChunkEnv(VecEnv):
             raise ValueError(f"{self.env_id or 'The simulator'}: rewards of envs {envs} are NaN or infinite")
         dones = (ends + limits) > 0
         knows_success = self._metrics.knows_success
-        infos: list[dict[str, Any]] = []
-        for i in range(self.num_envs):
-            info: dict[str, Any] = {"chunk_length": int(lengths[i]), "TimeLimit.truncated": bool(limits[i] and not ends[i])}
+        infos = split_info(report, self.num_envs)
+        for i, info in enumerate(infos):
+            info |= {"chunk_length": int(lengths[i]), "TimeLimit.truncated": bool(limits[i] and not ends[i])}
             if knows_success:
                 info["is_success"] = bool(success[i])
             if dones[i]:
                 verdict = (bool(once[i]), bool(success[i])) if knows_success else (None, None)
                 sums = float(returns[i]), int(steps[i]), float(seen[i]), int(macro_steps[i])
                 info |= episode_summary(*sums, self._metrics.started[i], *verdict)
-            infos.append(info)
         finished = np.flatnonzero(dones)
         if len(finished):
             self._restart(finished, infos)
@@ -166,8 +168,9 @@ class BatchedChunkEnv(VecEnv):
         with th.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             th.manual_seed(int(self._rng.integers(2**31)))
             obs, info = self.env.reset(options={"env_idx": index})
+        fresh_infos = split_info(info, self.num_envs)
         for i in finished:
-            self.reset_infos[i] = info
+            self.reset_infos[i] = fresh_infos[i]
         fresh = th.zeros(self.num_envs, dtype=th.bool, device=self.device)
         fresh[index] = True
         self._frames = map_frames(lambda old, new: _where(fresh, self._filled(new), old), self._frames, obs)

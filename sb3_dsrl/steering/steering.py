@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import CloudpickleWrapper
 
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.contract import Contract
@@ -58,6 +59,13 @@ class Steering:
         :param seed: of the generator that draws the unsteered tail of the noise
         """
         self._generator = th.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+    # SubprocVecEnv's workers send this by plain pickle, which cannot name classes of ``__main__`` in another process.
+    def __getstate__(self) -> CloudpickleWrapper:
+        return CloudpickleWrapper(self.__dict__)
+
+    def __setstate__(self, state: CloudpickleWrapper) -> None:
+        self.__dict__.update(state.var)
 
     @th.no_grad()
     def encode(self, obs: Any) -> th.Tensor:

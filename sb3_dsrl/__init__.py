@@ -22,8 +22,11 @@ from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import train_flow
+from sb3_dsrl.stage1.aw_mle import aw_mle_loss
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
 from sb3_dsrl.stage1.gate import Gate
-from sb3_dsrl.stage1.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.stage1.pretrain import pretrain_latent
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
@@ -45,8 +48,10 @@ for _algorithm in (PPO, A2C, TRPO):
 __all__ = [
     "ActionChunkWrapper",
     "BestOfM",
+    "CandidateSettings",
     "EnsembleChunkCritic",
     "EvalResult",
+    "ExecutedSettings",
     "FlowPolicy",
     "Gate",
     "ImageEncoder",
@@ -70,6 +75,8 @@ __all__ = [
     "demo_transitions",
     "evaluate",
     "find_ticket",
+    "fit_candidates",
+    "fit_executed",
     "load_awsc_checkpoint",
     "load_demos",
     "make_chunk_env",

@@ -116,11 +116,10 @@ def stage_1(flow: FlowPolicy, weighting: str, checkpoint: TrainingCheckpoint | N
         weighting=weighting,  # type: ignore[arg-type]
         n_iterations=20,
         batch_size=16,
-        n_candidates=4,
-        warm_start_value=weighting == "candidates",
         policy_kwargs=dict(net_arch=[16]),
         seed=seed,
         checkpoint=checkpoint,
+        **(dict(n_candidates=4, warm_start_value=True) if weighting == "candidates" else {}),
     )
     return bits(policy) + rollouts.w.numpy().tobytes() + rollouts.reward.numpy().tobytes()
 

@@ -73,12 +73,12 @@ def saved_model(load: Callable[[Path], Any]) -> Play:
 
 
 def pretrained(flow: dict[str, Any], rollouts: bool, **about: Any) -> Play:
-    """Stage 1 of a model with demos of something else; also where only the rollouts would be used."""
+    """Stage 1 of a model with demos of something else, with and without rollouts."""
 
     def play(folder: Path) -> None:
         venv = vec_steered(tiny_flow(**(ABOUT | flow)), [scripted(**({"time_limit": 9}))])
         found = collect_rollouts("prior", venv, 1) if rollouts else None
-        pretrain_latent(model(venv), demos(folder, **about), found, n_iterations=1)
+        pretrain_latent(model(venv), demos(folder, **about), found, weighting="candidates", n_iterations=1)
 
     return play
 
@@ -231,6 +231,6 @@ CASES = [
     Case(
         "model with another policy",
         lambda folder: pretrain_latent(PPO("MlpPolicy", env()), rollouts=object()),  # type: ignore[arg-type]
-        r"pretrain_latent expects a model with 'LatentPolicy', found ActorCriticPolicy",
+        r"Stage 1 expects a model with 'LatentPolicy', found ActorCriticPolicy",
     ),
 ]

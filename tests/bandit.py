@@ -11,6 +11,7 @@ from torch import nn
 
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy, LatentPolicy, Rollouts, VecLatentSteering, collect_rollouts
 from sb3_dsrl.stage0.demos import Demos, Episode
+from sb3_dsrl.steering.contract import Contract
 from tests.toys import BanditEnv, linear_flow
 
 #: The bandit's best noise. The flow divides noise by 4, so that no noise within the bounds is clipped.
@@ -47,8 +48,8 @@ def bandit_flow(critic: nn.Module | None = None) -> FlowPolicy:
     return flow
 
 
-def bandit_env(flow: FlowPolicy, n_envs: int = 8) -> VecEnv:
-    env = VecLatentSteering(DummyVecEnv([lambda: ActionChunkWrapper(BanditEnv(BEST / 4), 1)] * n_envs), flow)
+def bandit_env(flow: FlowPolicy, n_envs: int = 8, **kwargs: Any) -> VecEnv:
+    env = VecLatentSteering(DummyVecEnv([lambda: ActionChunkWrapper(BanditEnv(BEST / 4), 1, **kwargs)] * n_envs), flow)
     env.seed(0)
     return env
 
@@ -99,5 +100,5 @@ def made_rollouts(lengths: tuple[int, ...] = (3, 1, 4, 2), terminated: tuple[int
     cond[:, 0] = episode
     columns = [cond, rng.standard_normal((n, 1, 2)), rng.uniform(-1, 1, (n, 1, 2)), rng.standard_normal(n), discount, cond]
     tensors = [th.from_numpy(np.asarray(column, np.float32)) for column in columns]
-    rest = dict(episode=episode, success_at_end=np.zeros(len(lengths), bool), env_steps=n, flow_hash="none", gamma=0.9)
+    rest = dict(episode=episode, success_at_end=np.zeros(len(lengths), bool), env_steps=n, contract=Contract("none", 1, 0.9))
     return Rollouts(*tensors, **(rest | kwargs))

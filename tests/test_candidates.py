@@ -13,7 +13,8 @@ from stable_baselines3 import PPO
 from sb3_dsrl import Rollouts, collect_rollouts, pretrain_latent, train_critic
 from sb3_dsrl.stage1 import candidates
 from sb3_dsrl.stage1.candidates import PooledCandidates, Scorer, candidate_weights, effective_number, soft_baseline
-from sb3_dsrl.steering.steering import Steering, SteerMode
+from sb3_dsrl.steering.contract import Contract, SteerMode
+from sb3_dsrl.steering.steering import Steering
 from tests.bandit import BEST, FAST, TargetCritic, bandit_demos, bandit_flow, bandit_rollouts, mean_noise
 from tests.envs import FORMS, scripted, tiny_flow
 from tests.toys import linear_flow
@@ -134,7 +135,7 @@ def test_candidates_of_shared_noise(pool_size: int | None, monkeypatch: pytest.M
     rollouts = collect_rollouts("prior", env, episodes=4)
     policy = pretrain_latent(model, rollouts=rollouts, weighting="candidates", n_iterations=3, pool_size=pool_size)
     assert policy.pi(th.zeros(5, flow.cond_dim)).mode().shape == (5, 2)
-    noise = Steering(flow, steer_mode="shared").prior(3, 5)
+    noise = Steering(flow, Contract.of(flow, steer_mode="shared")).prior(3, 5)
     assert noise.shape == (3, 5, 4, 2) and th.equal(noise, noise[:, :, :1].expand_as(noise)) and noise.std() > 0.5
     full = FORMS["vec form"](flow, [scripted(time_limit=9)])
     with pytest.raises(ValueError, match="The rollouts steer 4 entries of the noise, expected 1: see steer_mode"):
@@ -161,7 +162,7 @@ def test_candidates_are_noises_that_rl_could_choose(
     pretrain_latent(model, rollouts=rollouts, weighting="candidates", n_iterations=2, pool_size=pool_size)
     several = [w for w in decoded if w.dim() == 4]
     assert several
-    rows = Steering(flow, steer_mode=steer_mode).rows
+    rows = Steering(flow, Contract.of(flow, steer_mode=steer_mode)).rows
     for w in several:
         steered, luck = w[:, :, rows], w.clone()
         assert steered.abs().max() <= 0.5 and steered.std(dim=1).min() > 0.01

@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_dsrl import FlowPolicy, LatentPolicy, Rollouts, collect_rollouts, pretrain_latent, train_critic
+from sb3_dsrl.stage0.features import FeatureTransitions
+from sb3_dsrl.steering.vec_env import find_steering
 from tests.bandit import (
     BEST,
     FAST,
@@ -144,8 +147,11 @@ def test_steering_the_executed_part_only(weighting: Any, monkeypatch: pytest.Mon
         policy = pretrain_latent(model, rollouts=rollouts, weighting=weighting, n_iterations=3)
         mean = policy.pi(rollouts.cond).mode()
         assert mean.shape == (len(rollouts), 3 * 2) and mean.abs().max() > 1e-3
+    new = pretrain_latent(flow, rollouts=rollouts, weighting=weighting, n_iterations=3, policy_kwargs=SMALL)
+    assert new.action_space == model.action_space  # a new policy steers what the rollouts steered
+    full = PPO("LatentPolicy", venv(), gamma=0.99**3, n_steps=4, batch_size=8)
     with pytest.raises(ValueError, match="The rollouts steer 3 entries of the noise, expected 4: see steer_mode"):
-        pretrain_latent(flow, rollouts=rollouts)
+        pretrain_latent(full, rollouts=rollouts)
 
 
 def test_rollouts_are_not_taken_through_vec_normalize() -> None:
@@ -185,3 +191,64 @@ def test_an_error_leaves_the_policy_where_it_was(rollouts: Rollouts, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         pretrain_latent(model, rollouts=rollouts)
     assert moves == ["cuda:1", "cpu"] and model.policy.training
+
+
+# What data, env and critic must agree on
+
+
+def test_executed_noise_needs_no_agreement_with_the_critic() -> None:
+    """The flow's gamma and reward scale are its critic's, which executed noises do not need."""
+    flow = bandit_flow()
+    env = bandit_env(flow, gamma=0.99, reward_scale=10.0)
+    flow.gamma = 0.9
+    rollouts = collect_rollouts("prior", env, 20, seed=0)
+    model = PPO("LatentPolicy", env, gamma=env.macro_gamma, n_steps=4, batch_size=8)
+    for target in (flow, model):
+        policy = pretrain_latent(target, rollouts=rollouts, n_iterations=2)
+        assert policy.action_space.contract == rollouts.contract
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        (dict(gamma=0.9), r"The rollouts have gamma=0.9, but the flow's critic has 0.99"),
+        (dict(reward_scale=10.0), r"The rollouts have reward_scale=10.0, but the flow's critic has 1.0"),
+    ],
+)
+@pytest.mark.parametrize("with_demos", [True, False])
+def test_a_critic_learns_one_kind_of_reward(kwargs: dict[str, Any], sentence: str, with_demos: bool) -> None:
+    flow = bandit_flow(TargetCritic())
+    env = bandit_env(flow, **kwargs)
+    rollouts = collect_rollouts("prior", env, 8)
+    demos = bandit_demos() if with_demos else None
+    for target in (flow, PPO("LatentPolicy", env, gamma=env.macro_gamma, n_steps=4, batch_size=8)):
+        with pytest.raises(ValueError, match=sentence):
+            pretrain_latent(target, demos, rollouts, weighting="candidates")
+
+
+def test_demos_and_rollouts_have_one_reward_mode() -> None:
+    flow, demos = bandit_flow(TargetCritic()), bandit_demos()
+    rollouts = collect_rollouts("prior", bandit_env(flow), 8)
+    rollouts.contract = replace(rollouts.contract, reward_mode="sparse")
+    demos.reward_mode = "dense"
+    with pytest.raises(ValueError, match="The rollouts have reward_mode='sparse', but the demo file has 'dense'"):
+        pretrain_latent(flow, demos, rollouts, weighting="candidates")
+
+
+@pytest.mark.parametrize("ignore_terminations", [False, True])
+def test_demos_end_as_the_env_does(ignore_terminations: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[FeatureTransitions] = []
+
+    def watched(flow: FlowPolicy, transitions: FeatureTransitions, *, critic: Any, **kwargs: Any) -> Any:
+        learned.append(transitions)
+        return critic
+
+    monkeypatch.setattr("sb3_dsrl.stage1.fit.train_critic", watched)
+    flow = bandit_flow(TargetCritic())
+    env = bandit_env(flow, ignore_terminations=ignore_terminations)
+    demos = bandit_demos()
+    rollouts = collect_rollouts("prior", bandit_env(flow), 8)
+    rollouts.contract = find_steering(env).contract
+    pretrain_latent(flow, demos, rollouts, weighting="candidates", n_iterations=1)
+    discount = learned[0].discount[: len(demos.episodes)]
+    assert (discount == (0.99 if ignore_terminations else 0.0)).all()

@@ -17,6 +17,7 @@ from sb3_dsrl import (
     pretrain_latent,
 )
 from sb3_dsrl.stage1 import pretrain
+from sb3_dsrl.steering.contract import Contract
 from tests.bandit import BEST, bandit_demos, bandit_flow, bandit_model, made_rollouts
 from tests.toys import BanditEnv, linear_flow
 
@@ -158,13 +159,13 @@ def flow_without_critic() -> FlowPolicy:
             bandit_flow,
             dict(rollouts=made_rollouts()),
             ValueError,
-            r"The rollouts were collected with flow=none, but the flow to steer has [0-9a-f]{16}",
+            r"The rollouts have flow='none', but the flow has '[0-9a-f]{16}'",
         ),
         (
-            bandit_flow,
-            dict(rollouts=made_rollouts(flow_hash=bandit_flow().fingerprint(), gamma=0.5)),
+            lambda: bandit_model(bandit_flow()),
+            dict(rollouts=made_rollouts(contract=Contract.of(bandit_flow(), gamma=0.5, reward_scale=2.0))),
             ValueError,
-            r"The rollouts were collected with gamma=0.5, but the flow to steer has 0.9",
+            r"The rollouts have gamma=0.5, but the model's env has 0.99. The rollouts have reward_scale=2.0, .* has 1.0",
         ),
         (
             bandit_flow,

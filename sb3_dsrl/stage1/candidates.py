@@ -177,7 +177,7 @@ class PooledCandidates:
 def _completed(steering: Steering, steered: th.Tensor) -> th.Tensor:
     """All T entries of noises, as :meth:`Steering.choices` has them: alike within a state in what is not steered."""
     noise = steering.choices(len(steered), 1).repeat(1, steered.shape[1], 1, 1)
-    if steering.steer_mode == "shared":
+    if steering.contract.steer_mode == "shared":
         return steered.expand_as(noise)
     noise[:, :, steering.rows] = steered
     return noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from sb3_dsrl.stage1.candidates import Candidates, FreshCandidates, PooledCandid
 from sb3_dsrl.stage1.executed import ExecutedNoise
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
-from sb3_dsrl.stage1.target import check_rollouts_fit, lent, steering_and_policy
+from sb3_dsrl.stage1.target import lent, steering_and_policy
 from sb3_dsrl.stage1.value import fit_value
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.steering.contract import Contract, check_agreement
+from sb3_dsrl.steering.steering import Steering
 from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 
@@ -64,8 +67,7 @@ def fit_executed(
     records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq)
     if seed is not None:
         th.manual_seed(seed)
-    steering, policy = steering_and_policy(target, policy_kwargs)
-    check_rollouts_fit(steering, rollouts)
+    steering, policy = steering_and_policy(target, rollouts, policy_kwargs)
     with lent(policy, steering.flow.device):
         start = deepcopy(policy.state_dict())
         fit_policy(policy, ExecutedNoise.of(rollouts, steering, settings), settings, records)
@@ -116,18 +118,15 @@ def fit_candidates(
         raise ValueError("Candidates need states: pass demos, rollouts, or both")
     if seed is not None:
         th.manual_seed(seed)
-    steering, policy = steering_and_policy(target, policy_kwargs)
+    steering, policy = steering_and_policy(target, rollouts, policy_kwargs)
     flow = steering.flow
     if demos is not None:
         demos = demos if isinstance(demos, Demos) else load_demos(demos)
         check_demos_fit(flow, demos)
-    if rollouts is not None:
-        check_rollouts_fit(steering, rollouts)
-    if settings.warm_start_value and steering.gamma != flow.gamma:
-        raise ValueError(f"warm_start_value: the env's gamma is {steering.gamma}, but the flow's critic knows {flow.gamma}")
+    _check_rewards_agree(steering, demos, rollouts, settings.warm_start_value)
     with lent(policy, flow.device):
         start = deepcopy(policy.state_dict())
-        transitions = _transitions(flow, demos, rollouts)
+        transitions = _transitions(steering, demos, rollouts)
         critic = _critic(flow, transitions, rollouts, records)
         score, cond = Scorer(steering, critic, settings.kappa), transitions.cond.cpu()
         candidates: Candidates
@@ -143,10 +142,22 @@ def fit_candidates(
     return policy
 
 
-def _transitions(flow: SteerablePolicy, demos: Demos | None, rollouts: Rollouts | None) -> FeatureTransitions:
-    parts = []
+def _check_rewards_agree(steering: Steering, demos: Demos | None, rollouts: Rollouts | None, warm_start_value: bool) -> None:
+    """The critic has learned one kind of reward, and demos are read with its gamma and reward scale."""
+    known, critics = Contract.of(steering.flow), ("gamma", "reward_scale")
+    if rollouts is not None:
+        check_agreement("rollouts", rollouts.contract, "flow's critic", known, critics)
+        if demos is not None:
+            of_demos = replace(known, reward_mode=demos.reward_mode)
+            check_agreement("rollouts", rollouts.contract, "demo file", of_demos, ("reward_mode",))
+    if warm_start_value:
+        check_agreement("env", steering.contract, "critic that warm_start_value uses", known, critics)
+
+
+def _transitions(steering: Steering, demos: Demos | None, rollouts: Rollouts | None) -> FeatureTransitions:
+    flow, parts = steering.flow, []
     if demos is not None:
-        parts.append(demo_transitions(flow, demos, ignore_terminations=True))
+        parts.append(demo_transitions(flow, demos, steering.contract.ignore_terminations))
     if rollouts is not None:
         parts.append(rollouts.transitions().to(flow.device))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]

@@ -13,22 +13,34 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from sb3_dsrl.evaluation.rollouts import Rollouts
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.steering.contract import REWARDS, Contract, check_agreement
 from sb3_dsrl.steering.steering import Steering
 from sb3_dsrl.steering.vec_env import find_steering
 
+#: What rollouts and the env to steer must agree on. Not the steering mode: "full" noise serves "act_horizon", too.
+ROLLOUTS = ("flow_hash", "act_horizon", "noise_bound", "num_steps", *REWARDS)
+
 
 def steering_and_policy(
-    target: SteerablePolicy | BaseAlgorithm, policy_kwargs: dict[str, Any] | None
+    target: SteerablePolicy | BaseAlgorithm, rollouts: Rollouts | None, policy_kwargs: dict[str, Any] | None
 ) -> tuple[Steering, LatentPolicy]:
     """
+    What is steered, and how: as the model's env says, as the rollouts were collected, or else as the flow's own settings are.
+
     :param target: a flow, or a model with "LatentPolicy" on a steered env
+    :param rollouts: that it will learn from, or None
     :param policy_kwargs: of the new policy of a flow, or None
     :return: how noise is steered, and the policy to train
     :raises TypeError: if the target is neither
-    :raises ValueError: if the model has another policy, no env, or an env that is not steered or normalises observations
+    :raises ValueError: if the model has another policy, no env, or an env that is not steered or normalises observations; if
+        rollouts are of another flow, env or part of the noise
     """
     if isinstance(target, SteerablePolicy):
-        steering = Steering(target, target.gamma)
+        contract = Contract.of(target)
+        if rollouts is not None:
+            check_agreement("rollouts", rollouts.contract, "flow", contract, ("flow_hash", "act_horizon"))
+            contract = rollouts.contract
+        steering = Steering(target, contract)
         spaces = steering.observation_space, steering.action_space
         return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **(policy_kwargs or {}))
     if not isinstance(target, BaseAlgorithm):
@@ -41,7 +53,14 @@ def steering_and_policy(
     if env is None:
         raise ValueError("Stage 1 needs the model's env to find the flow: call model.set_env(env) first")
     _check_features_are_raw(env)
-    return find_steering(env), target.policy
+    steering = find_steering(env)
+    if rollouts is not None:
+        check_agreement("rollouts", rollouts.contract, "model's env", steering.contract, ROLLOUTS)
+        entries, mode = rollouts.w.shape[1], steering.contract.steer_mode
+        expected = steering.action_space.shape[0]
+        if entries != expected and not (mode == "act_horizon" and entries == steering.flow.pred_horizon):
+            raise ValueError(f"The rollouts steer {entries} entries of the noise, expected {expected}: see steer_mode")
+    return steering, target.policy
 
 
 def _check_features_are_raw(env: VecEnv) -> None:
@@ -53,23 +72,6 @@ def _check_features_are_raw(env: VecEnv) -> None:
                 "others than stage 1 learns from: use VecNormalize(..., norm_obs=False)"
             )
         layer = layer.venv
-
-
-def check_rollouts_fit(steering: Steering, rollouts: Rollouts) -> None:
-    """
-    :raises ValueError: if rollouts are of another flow or discount, or steer other entries of the noise
-    """
-    flow = steering.flow
-    for what, found, expected in (
-        ("flow", rollouts.flow_hash, steering.action_space.flow_hash),
-        ("gamma", rollouts.gamma, flow.gamma),
-    ):
-        if found != expected:
-            raise ValueError(f"The rollouts were collected with {what}={found}, but the flow to steer has {expected}")
-    entries = steering.rows.stop - steering.rows.start
-    usable = (entries,) if steering.steer_mode == "shared" else (entries, flow.pred_horizon)
-    if rollouts.w.shape[1] not in usable:
-        raise ValueError(f"The rollouts steer {rollouts.w.shape[1]} entries of the noise, expected {entries}: see steer_mode")
 
 
 @contextmanager

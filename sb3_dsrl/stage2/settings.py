@@ -25,7 +25,7 @@ def ppo_kwargs(env: gym.Env | VecEnv, **overrides: Any) -> dict[str, Any]:
     n_envs = env.num_envs if isinstance(env, VecEnv) else 1
     n_steps = N_MINIBATCHES * max(1, ROLLOUT_SIZE // (N_MINIBATCHES * n_envs))
     kwargs: dict[str, Any] = dict(
-        gamma=find_steering(env).macro_gamma,
+        gamma=find_steering(env).contract.macro_gamma,
         n_steps=n_steps,
         batch_size=n_steps * n_envs // N_MINIBATCHES,
         n_epochs=10,

@@ -27,8 +27,11 @@ from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
+from sb3_dsrl.stage1.aw_mle import aw_mle_loss
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
 from sb3_dsrl.stage1.gate import Gate
-from sb3_dsrl.stage1.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.stage1.pretrain import pretrain_latent
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
@@ -51,8 +54,10 @@ __all__ = [
     "ActionChunkWrapper",
     "AdvantageWeighting",
     "BestOfM",
+    "CandidateSettings",
     "EnsembleChunkCritic",
     "EvalResult",
+    "ExecutedSettings",
     "FlowPolicy",
     "Gate",
     "ImageEncoder",
@@ -79,6 +84,8 @@ __all__ = [
     "demo_transitions",
     "evaluate",
     "find_ticket",
+    "fit_candidates",
+    "fit_executed",
     "load_awsc_checkpoint",
     "load_demos",
     "make_chunk_env",

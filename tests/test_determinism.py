@@ -30,7 +30,7 @@ from sb3_dsrl import (
     train_flow,
 )
 from sb3_dsrl.stage0.windows import ImageWindows
-from sb3_dsrl.stage1 import pretrain
+from sb3_dsrl.stage1 import executed, fit
 from sb3_dsrl.utils.checkpoint import previous
 from sb3_dsrl.utils.interrupt import Interrupted
 from sb3_dsrl.utils.progress import ProgressLoop
@@ -116,11 +116,10 @@ def stage_1(flow: FlowPolicy, weighting: str, checkpoint: TrainingCheckpoint | N
         weighting=weighting,  # type: ignore[arg-type]
         n_iterations=20,
         batch_size=16,
-        n_candidates=4,
-        warm_start_value=weighting == "candidates",
         policy_kwargs=dict(net_arch=[16]),
         seed=seed,
         checkpoint=checkpoint,
+        **(dict(n_candidates=4, warm_start_value=True) if weighting == "candidates" else {}),
     )
     return bits(policy) + rollouts.w.numpy().tobytes() + rollouts.reward.numpy().tobytes()
 
@@ -137,8 +136,8 @@ def test_stage_1(
     weighting: str,
     loops: dict[str, int],
 ) -> None:
-    for name in ("train_critic", "executed_advantages", "_fit_value"):
-        monkeypatch.setattr(pretrain, name, partial(getattr(pretrain, name), n_iterations=20))
+    for module, name in ((fit, "train_critic"), (fit, "fit_value"), (executed, "executed_advantages")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), n_iterations=20))
     expected = stage_1(flow, weighting)
     checkpoint = TrainingCheckpoint(tmp_path, save_freq=6)
     for name, iteration in loops.items():  # every resume falls into the next loop's crash

@@ -73,12 +73,12 @@ def saved_model(load: Callable[[Path], Any]) -> Play:
 
 
 def pretrained(flow: dict[str, Any], rollouts: bool, **about: Any) -> Play:
-    """Stage 1 of a model with demos of something else; also where only the rollouts would be used."""
+    """Stage 1 of a model with demos of something else, with and without rollouts."""
 
     def play(folder: Path) -> None:
         venv = vec_steered(tiny_flow(**(ABOUT | flow)), [scripted(**({"time_limit": 9}))])
         found = collect_rollouts("prior", venv, 1) if rollouts else None
-        pretrain_latent(model(venv), demos(folder, **about), found, n_iterations=1)
+        pretrain_latent(model(venv), demos(folder, **about), found, weighting="candidates", n_iterations=1)
 
     return play
 
@@ -86,7 +86,7 @@ def pretrained(flow: dict[str, Any], rollouts: bool, **about: Any) -> Play:
 def rollouts_of(seed: int, **kwargs: Any) -> Play:
     def play(folder: Path) -> None:
         rollouts = collect_rollouts("prior", vec_steered(tiny_flow(seed=seed), [scripted(time_limit=9)], **kwargs), 1)
-        pretrain_latent(tiny_flow(), rollouts=rollouts, n_iterations=1)
+        pretrain_latent(tiny_flow(), rollouts=rollouts, weighting="candidates", n_iterations=1)
 
     return play
 
@@ -160,9 +160,11 @@ CASES = [
         ),
         r"gamma=0.99 was asked for, but the ActionChunkWrapper below has 0.9",
     ),
-    Case("flow's critic and env: gamma", warm_start, r"warm_start_value: the env's gamma is 0.9, but the flow's critic knows"),
-    Case("flow and rollouts: gamma", rollouts_of(0, gamma=0.9), "The rollouts have gamma=0.9, but the env has 0.99"),
-    Case("flow and rollouts: another flow", rollouts_of(1), r"The rollouts have flow='\w+', but the env has '\w+'"),
+    Case("flow's critic and env: gamma", warm_start, r"The env has gamma=0.9, but the critic that warm_start_value uses has"),
+    Case(
+        "flow and rollouts: gamma", rollouts_of(0, gamma=0.9), r"The rollouts have gamma=0.9, but the flow's critic has 0.99"
+    ),
+    Case("flow and rollouts: another flow", rollouts_of(1), r"The rollouts have flow='\w+', but the flow has '\w+'"),
     Case("flow and PPO.load: another flow", saved_model(lambda path: PPO.load(path, env=env(1))), OTHER_FLOW),
     Case("flow and set_env: another flow", with_env(lambda: env(1)), OTHER_FLOW),
     Case(
@@ -229,6 +231,6 @@ CASES = [
     Case(
         "model with another policy",
         lambda folder: pretrain_latent(PPO("MlpPolicy", env()), rollouts=object()),  # type: ignore[arg-type]
-        r"pretrain_latent expects a model with 'LatentPolicy', found ActorCriticPolicy",
+        r"Stage 1 expects a model with 'LatentPolicy', found ActorCriticPolicy",
     ),
 ]

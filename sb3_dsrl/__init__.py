@@ -24,10 +24,12 @@ from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import train_flow
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage1.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
+from sb3_dsrl.stage2.gamma_check import install_gamma_check
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
-from sb3_dsrl.stage2.settings import ppo_kwargs
+from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
 from sb3_dsrl.steering.noise_space import NoiseSpace
@@ -41,12 +43,14 @@ __version__ = "0.1.0"
 
 for _algorithm in (PPO, A2C, TRPO):
     _algorithm.policy_aliases["LatentPolicy"] = LatentPolicy
+install_gamma_check()
 
 __all__ = [
     "ActionChunkWrapper",
     "BestOfM",
     "EnsembleChunkCritic",
     "EvalResult",
+    "ExactBootstrap",
     "FlowPolicy",
     "Gate",
     "ImageEncoder",
@@ -74,6 +78,7 @@ __all__ = [
     "load_demos",
     "make_chunk_env",
     "make_latent_env",
+    "policy_defaults",
     "ppo_kwargs",
     "pretrain_latent",
     "results_table",

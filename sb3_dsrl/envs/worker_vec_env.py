@@ -27,7 +27,9 @@ class WorkerVecEnv(VecEnv):
     hangs is a :class:`WorkerError` with the worker's number and the traceback, or, with ``on_failure="restart"``, a warning:
     the worker starts anew, and the episodes that were lost are truncated at their last observation, with reward 0,
     ``info["worker_failed"]`` and no episode metrics. :func:`~sb3_dsrl.evaluate` and
-    :func:`~sb3_dsrl.collect_rollouts` play them again. A worker that fails at several steps in a row is an error in any case.
+    :func:`~sb3_dsrl.collect_rollouts` play them again, and :class:`~sb3_dsrl.ExactBootstrap` makes PPO exact where they end
+    (SB3 takes a lost macro-step of no env steps for a whole one). A worker that fails at several steps in a row is an error
+    in any case.
 
     :param env_fns: make the envs, which all have the same spaces
     :param n_workers: None is :meth:`Worker.available`, and never more than there are envs

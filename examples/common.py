@@ -27,7 +27,7 @@ from sb3_dsrl import (
 )
 from sb3_dsrl.evaluation.play import Actor
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
-from sb3_dsrl.steering.steering import SteerMode
+from sb3_dsrl.steering.contract import SteerMode
 from sb3_dsrl.utils.checkpoint import atomic_file
 from sb3_dsrl.utils.integrity import check_zip
 

@@ -34,7 +34,7 @@ from sb3_dsrl import (
 )
 from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import Actor
-from sb3_dsrl.steering.steering import SteerMode
+from sb3_dsrl.steering.contract import SteerMode
 
 GAMMA = 0.99
 CANDIDATE_POOL = 64  # candidates of a state, decoded once: fresh ones for every batch took over half an hour

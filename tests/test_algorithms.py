@@ -100,7 +100,7 @@ def test_success_rate_is_logged(tmp_path: pathlib.Path, flow):
     buffer = model.rollout_buffer
     ended = [int(buffer.episode_starts[1:, i].sum() + model._last_episode_starts[i]) for i in range(2)]
     assert float(logged["rollout/success_rate"]) == pytest.approx(ended[0] / sum(ended))
-    assert float(logged["rollout/ep_len_mean"]) > 5  # env steps
+    assert 1 <= float(logged["rollout/ep_len_mean"]) <= 4  # macro-steps: episodes of up to 11 env steps, H = 3
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -38,7 +38,7 @@ class Cut(gym.Wrapper):
 
 def collected(env: VecEnv, exact: bool) -> tuple[PPO, list[dict[str, Any]]]:
     """One rollout of a stock PPO, and what its env gave."""
-    gamma = find_steering(env).macro_gamma
+    gamma = find_steering(env).contract.macro_gamma
     model = PPO("LatentPolicy", env, gamma=gamma, gae_lambda=LAMBDA, n_steps=N_STEPS, batch_size=N_STEPS, seed=0)
     th.nn.init.normal_(model.policy.value_net.bias)  # values that matter
     given: list[dict[str, Any]] = []

@@ -24,13 +24,13 @@ from sb3_dsrl import (
     demo_transitions,
     load_demos,
     ppo_kwargs,
-    pretrain,
     pretrain_latent,
     resume,
     train_critic,
     train_flow,
 )
 from sb3_dsrl.stage0.windows import ImageWindows
+from sb3_dsrl.stage1 import pretrain
 from sb3_dsrl.utils.checkpoint import previous
 from sb3_dsrl.utils.interrupt import Interrupted
 from sb3_dsrl.utils.progress import ProgressLoop

@@ -30,6 +30,7 @@ from sb3_dsrl import (
 from sb3_dsrl.stage0.demos import Demos, Episode
 from sb3_dsrl.stage1.candidates import candidate_weights, effective_number, soft_baseline
 from sb3_dsrl.stage1.executed import executed_advantages
+from sb3_dsrl.steering.contract import Contract
 from sb3_dsrl.steering.steering import Steering
 from tests.envs import FORMS, scripted, tiny_flow
 from tests.test_offline import scalars
@@ -167,7 +168,7 @@ def made_rollouts(lengths: tuple[int, ...] = (3, 1, 4, 2), terminated: tuple[int
     cond[:, 0] = episode
     columns = [cond, rng.standard_normal((n, 1, 2)), rng.uniform(-1, 1, (n, 1, 2)), rng.standard_normal(n), discount, cond]
     tensors = [th.from_numpy(np.asarray(column, np.float32)) for column in columns]
-    rest = dict(episode=episode, success_at_end=np.zeros(len(lengths), bool), env_steps=n, flow_hash="none", gamma=0.9)
+    rest = dict(episode=episode, success_at_end=np.zeros(len(lengths), bool), env_steps=n, contract=Contract("none", 1, 0.9))
     return Rollouts(*tensors, **(rest | kwargs))
 
 
@@ -545,13 +546,13 @@ def flow_without_critic() -> FlowPolicy:
             bandit_flow,
             dict(rollouts=made_rollouts()),
             ValueError,
-            r"The rollouts were collected with flow=none, but the flow to steer has [0-9a-f]{16}",
+            r"The rollouts have flow='none', but the env has '[0-9a-f]{16}'",
         ),
         (
             bandit_flow,
-            dict(rollouts=made_rollouts(flow_hash=bandit_flow().fingerprint(), gamma=0.5)),
+            dict(rollouts=made_rollouts(contract=Contract.of(bandit_flow(), gamma=0.5))),
             ValueError,
-            r"The rollouts were collected with gamma=0.5, but the flow to steer has 0.9",
+            r"The rollouts have gamma=0.5, but the env has 0.9",
         ),
         (
             bandit_flow,

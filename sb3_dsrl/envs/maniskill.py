@@ -18,7 +18,8 @@ from sb3_dsrl.envs.workers import ProcessWorker, Worker, WorkerError
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
-from sb3_dsrl.steering.steering import SteerMode
+from sb3_dsrl.steering.contract import SteerMode
+from sb3_dsrl.steering.steering import check_flow
 from sb3_dsrl.steering.vec_env import VecLatentSteering
 
 #: Up to here worker processes on the CPU are taken for ``sim_backend="auto"`` even where there is a GPU.
@@ -35,6 +36,7 @@ def make_latent_env(
     noise_bound: float = 4.0,
     steer_mode: SteerMode = "full",
     num_steps: int | None = None,
+    allow_other_task: bool = False,
     seed: int | None = None,
     **chunk_env_kwargs: Any,
 ) -> VecLatentSteering:
@@ -50,12 +52,15 @@ def make_latent_env(
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
         "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
+    :param allow_other_task: accept another task than the one that the flow was trained on
     :param seed: env i is seeded with ``seed + i`` at its first reset
     :param chunk_env_kwargs: further arguments of :func:`make_chunk_env`, such as ``sim_backend``, ``reward_mode``,
-        ``max_episode_steps``, ``ignore_terminations``, ``gamma`` and ``n_workers``
+        ``max_episode_steps``, ``ignore_terminations`` and ``n_workers``; ``gamma`` and ``reward_scale`` are the flow's if not
+        given
     :return: the vectorised env; ``macro_gamma`` is the discount for PPO
     :raises ValueError: if an argument does not fit
     """
+    check_flow(flow)
     venv = make_chunk_env(
         env_id,
         n_envs,
@@ -63,10 +68,10 @@ def make_latent_env(
         obs_horizon=flow.obs_horizon,
         obs_mode=obs_mode or flow.obs_mode,
         control_mode=control_mode or flow.control_mode,
-        **chunk_env_kwargs,
+        **(dict(gamma=flow.gamma, reward_scale=flow.reward_scale) | chunk_env_kwargs),
     )
     try:
-        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps)
+        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task)
     except BaseException:
         venv.close()
         raise
@@ -86,7 +91,7 @@ def make_chunk_env(
     control_mode: str | None = None,
     reward_mode: str = "normalized_dense",
     max_episode_steps: int | None = None,
-    ignore_terminations: bool = True,
+    ignore_terminations: bool | None = None,
     gamma: float = 0.99,
     reward_scale: float = 1.0,
     n_workers: int | None = None,
@@ -102,9 +107,6 @@ def make_chunk_env(
     On the CPU one env runs in this process; several run in worker processes, as many as there are cores, or on a Ray
     cluster. On a GPU one batched simulator runs them all in this process.
 
-    The defaults pair a dense reward with ``ignore_terminations=True``; a dense reward that ends at success pays for
-    stalling. With ``reward_mode="sparse"`` set ``ignore_terminations=False``.
-
     :param env_id: ManiSkill environment
     :param n_envs: N
     :param act_horizon: H, env steps in a chunk
@@ -114,7 +116,8 @@ def make_chunk_env(
     :param control_mode: ManiSkill controller; None is the task's own
     :param reward_mode: ManiSkill reward mode
     :param max_episode_steps: time limit in env steps; None is the registered one
-    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None is
+        :func:`~sb3_dsrl.steering.contract.ignores_terminations`: yes with a dense reward, no with a sparse one
     :param gamma: discount per env step
     :param reward_scale: factor on the macro reward
     :param n_workers: on the CPU: processes that share the envs; None is one a core

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
 from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.steering.contract import PLAYING, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 
 
@@ -162,7 +163,7 @@ def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callab
         fixed = np.broadcast_to(actor.astype(np.float32), shape).clip(space.low, space.high)
         return lambda obs: fixed
     own = getattr(actor, "action_space", None)
-    if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace) and own.flow_hash != space.flow_hash:
-        raise ValueError(f"The actor steers flow {own.flow_hash}, but the env steers flow {space.flow_hash}")
+    if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace):
+        check_agreement("model", own.contract, "env", space.contract, PLAYING)
     predictor = actor
     return lambda obs: predictor.predict(obs, deterministic=deterministic)[0]

@@ -69,9 +69,9 @@ def steerability(
     :raises ValueError: if the env steers another flow or reports no success, the demos do not fit, or the episodes are too few
     """
     steering = find_steering(env)
-    if steering.action_space.flow_hash != flow.fingerprint():
+    if steering.contract.flow_hash != flow.fingerprint():
         raise ValueError(
-            f"The env steers the flow {steering.action_space.flow_hash}, but flow is {flow.fingerprint()}: expected the same"
+            f"The env steers the flow {steering.contract.flow_hash}, but flow is {flow.fingerprint()}: expected the same"
         )
     if isinstance(demos, (str, Path)):
         demos = load_demos(demos)
@@ -206,7 +206,7 @@ def _action_spread(
     flow, generator = steering.flow, th.Generator().manual_seed(seed)
     states = rollouts.cond[th.randperm(len(rollouts), generator=generator)[:n_states]].to(flow.device)
     w = steering.choices(len(states), n_noises, generator=generator)
-    chunks = flow.executed(flow.decode(states, w.to(flow.device), steering.num_steps)).cpu()
+    chunks = flow.executed(flow.decode(states, w.to(flow.device), steering.contract.num_steps)).cpu()
     noise = chunks.var(dim=1).mean(dim=0).sqrt().numpy()
     if demos is None:
         return ActionSpread(noise, rollouts.chunk.std(dim=0, unbiased=False).numpy(), "base episodes", None)

@@ -29,6 +29,7 @@ from sb3_dsrl.stage1.candidates import FreshCandidates, PooledCandidates, Weight
 from sb3_dsrl.stage1.executed import executed_advantages
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.steering.contract import REWARDS, check_agreement
 from sb3_dsrl.steering.steering import Steering
 from sb3_dsrl.steering.vec_env import find_steering
 from sb3_dsrl.utils.checkpoint import Stateful, TrainingCheckpoint
@@ -87,7 +88,7 @@ def pretrain_latent(
     learn_std: bool = False,
     warm_start_value: bool = False,
     gate: Gate | None = None,
-    ignore_terminations: bool = True,
+    ignore_terminations: bool | None = None,
     policy_kwargs: dict[str, Any] | None = None,
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
@@ -169,14 +170,18 @@ def pretrain_latent(
     if demos is not None:  # also where only the rollouts are used: a wrong file should not go unnoticed
         demos = demos if isinstance(demos, Demos) else load_demos(demos)
         check_demos_fit(flow, demos)
-    if warm_start_value and steering.gamma != flow.gamma:
-        raise ValueError(f"warm_start_value: the env's gamma is {steering.gamma}, but the flow's critic knows {flow.gamma}")
+    if warm_start_value and steering.contract.gamma != flow.gamma:
+        raise ValueError(
+            f"warm_start_value: the env's gamma is {steering.contract.gamma}, but the flow's critic knows {flow.gamma}"
+        )
     if rollouts is not None:
         _check_rollouts_fit(steering, rollouts)
     home = policy.device
     policy.to(flow.device)
     start = deepcopy(policy.state_dict())
     transitions, critic = None, None
+    if ignore_terminations is None:
+        ignore_terminations = steering.contract.ignore_terminations
     if warm_start_value or not executed:
         transitions = _all_transitions(flow, demos, rollouts, ignore_terminations)
         critic = _critic(flow, transitions, rollouts, tensorboard_log, progress_bar, checkpoint)
@@ -224,7 +229,7 @@ def _steering_and_policy(
     target: SteerablePolicy | BaseAlgorithm, policy_kwargs: dict[str, Any] | None
 ) -> tuple[Steering, LatentPolicy]:
     if isinstance(target, SteerablePolicy):
-        steering = Steering(target, target.gamma)
+        steering = Steering(target)
         spaces = steering.observation_space, steering.action_space
         return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **(policy_kwargs or {}))
     if not isinstance(target, BaseAlgorithm):
@@ -240,21 +245,16 @@ def _steering_and_policy(
 
 
 def _check_rollouts_fit(steering: Steering, rollouts: Rollouts) -> None:
-    flow = steering.flow
-    for what, found, expected in (
-        ("flow", rollouts.flow_hash, steering.action_space.flow_hash),
-        ("gamma", rollouts.gamma, flow.gamma),
-    ):
-        if found != expected:
-            raise ValueError(f"The rollouts were collected with {what}={found}, but the flow to steer has {expected}")
+    names = ("flow_hash", "act_horizon", *REWARDS, "num_steps")  # not the steering mode: "full" noise also serves the others
+    check_agreement("rollouts", rollouts.contract, "env", steering.contract, names)
     entries = steering.rows.stop - steering.rows.start
-    usable = (entries,) if steering.steer_mode == "shared" else (entries, flow.pred_horizon)
+    usable = (entries,) if steering.contract.steer_mode == "shared" else (entries, steering.flow.pred_horizon)
     if rollouts.w.shape[1] not in usable:
         raise ValueError(f"The rollouts steer {rollouts.w.shape[1]} entries of the noise, expected {entries}: see steer_mode")
 
 
 def _all_transitions(
-    flow: SteerablePolicy, demos: Demos | None, rollouts: Rollouts | None, ignore_terminations: bool
+    flow: SteerablePolicy, demos: Demos | None, rollouts: Rollouts | None, ignore_terminations: bool | None
 ) -> FeatureTransitions:
     parts = []
     if demos is not None:

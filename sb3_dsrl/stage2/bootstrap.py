@@ -16,7 +16,7 @@ class ExactBootstrap(BaseCallback):
 
     SB3 adds ``gamma ** H * V`` of the terminal observation to the reward of a truncated macro-step. A time limit does not
     cut a chunk, so that is right. But a worker that was lost and started again ends an episode after k = 0 env steps of the
-    macro-step, and a time limit below the chunks that cannot be run past after 0 < k < H. This callback adds
+    macro-step, and a time limit with ``cut_at_time_limit`` after 0 < k < H. This callback adds
     ``(gamma ** k - gamma ** H) * V`` to those rewards, before SB3 adds its part. It does nothing where all chunks are whole.
 
     :raises ValueError: when training begins, if the algorithm is off-policy or the env is not steered
@@ -28,8 +28,7 @@ class ExactBootstrap(BaseCallback):
                 f"ExactBootstrap is for PPO, A2C and TRPO, found {type(self.model).__name__}: its targets are computed from a "
                 f"replay buffer, not from rewards"
             )
-        steering = find_steering(self.training_env)
-        self._gamma, self._act_horizon = steering.gamma, steering.flow.act_horizon
+        self._contract = find_steering(self.training_env).contract
 
     def _on_step(self) -> bool:
         assert isinstance(self.model, OnPolicyAlgorithm)
@@ -37,7 +36,7 @@ class ExactBootstrap(BaseCallback):
         cut = [
             i
             for i, info in enumerate(infos)
-            if dones[i] and info.get("TimeLimit.truncated", False) and info["chunk_length"] < self._act_horizon
+            if dones[i] and info.get("TimeLimit.truncated", False) and info["chunk_length"] < self._contract.act_horizon
         ]
         if cut:
             policy = self.model.policy
@@ -45,5 +44,5 @@ class ExactBootstrap(BaseCallback):
             with th.no_grad():
                 values = policy.predict_values(last).flatten().cpu().numpy()  # type: ignore[operator]
             k = np.array([infos[i]["chunk_length"] for i in cut])
-            self.locals["rewards"][cut] += (self._gamma**k - self.model.gamma) * values
+            self.locals["rewards"][cut] += (self._contract.gamma**k - self.model.gamma) * values
         return True

@@ -51,10 +51,10 @@ def warn_about_gamma(model: BaseAlgorithm) -> None:
     wrong = [
         f"{name} discounts with gamma={gamma}"
         for name, gamma in found.items()
-        if gamma is not None and not np.isclose(gamma, space.macro_gamma, rtol=1e-6)
+        if gamma is not None and not np.isclose(gamma, space.contract.macro_gamma, rtol=1e-6)
     ]
     if wrong:
         warnings.warn(
-            f"{' and '.join(wrong)} per macro-step, but the env's macro-step discount is {space.macro_gamma:.6g}: "
+            f"{' and '.join(wrong)} per macro-step, but the env's macro-step discount is {space.contract.macro_gamma:.6g}: "
             f"pass gamma=env.macro_gamma"
         )

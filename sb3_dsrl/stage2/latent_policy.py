@@ -20,6 +20,7 @@ from torch.distributions import Normal
 
 from sb3_dsrl.stage2.distributions import PriorMixtureDistribution
 from sb3_dsrl.stage2.optimizers import SCALED, AdamLrScale, LrScale
+from sb3_dsrl.steering.contract import PLAYING, Contract, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.utils.checkpoint import atomic_file
 from sb3_dsrl.utils.integrity import load_data, one_line
@@ -37,6 +38,7 @@ def _dummy_schedule_only(owner: Any, name: str) -> Any:
 SAVED_TYPES: list[Any] = [
     spaces.Box,
     NoiseSpace,
+    Contract,
     np.ndarray,
     np.dtype,
     *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.bool_)},
@@ -199,7 +201,7 @@ class LatentPolicy(ActorCriticPolicy):
     @property
     def flow_hash(self) -> str | None:
         """Fingerprint of the flow that this policy steers; None if it was not built on a steered env."""
-        return self.action_space.flow_hash if isinstance(self.action_space, NoiseSpace) else None
+        return self.action_space.contract.flow_hash if isinstance(self.action_space, NoiseSpace) else None
 
     def set_training_mode(self, mode: bool) -> None:
         """
@@ -277,15 +279,7 @@ class LatentPolicy(ActorCriticPolicy):
             raise ValueError(f"copy_into expects a model with 'LatentPolicy', found {type(target).__name__}")
         ours, theirs = self.action_space, target.action_space
         if isinstance(ours, NoiseSpace) and isinstance(theirs, NoiseSpace):
-            if ours.flow_hash != theirs.flow_hash:
-                raise ValueError(
-                    f"This policy steers flow {ours.flow_hash}, but the model's env steers flow {theirs.flow_hash}"
-                )
-            if not np.isclose(ours.macro_gamma, theirs.macro_gamma):
-                raise ValueError(
-                    f"This policy was made for macro_gamma={ours.macro_gamma:.6g}, but the model's env discounts with "
-                    f"{theirs.macro_gamma:.6g}: make both with the same gamma"
-                )
+            check_agreement("policy", ours.contract, "model's env", theirs.contract, (*PLAYING, "gamma"))
         for name, expected, found in (
             ("noise shape", target.action_space.shape, self.action_space.shape),
             ("number of features", target.observation_space.shape, self.observation_space.shape),

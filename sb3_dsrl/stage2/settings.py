@@ -9,7 +9,7 @@ import gymnasium as gym
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dsrl.steering.steering import SteerMode
+from sb3_dsrl.steering.contract import SteerMode
 from sb3_dsrl.steering.vec_env import find_steering
 
 Preset = Literal["recommended", "paper"]
@@ -53,10 +53,10 @@ def ppo_kwargs(env: gym.Env | VecEnv, preset: Preset = "recommended", **override
         that is not given follows the other.
     :raises ValueError: if the env is not steered or the preset is unknown
     """
-    steering = find_steering(env)
-    policy_kwargs = policy_defaults(steering.steer_mode, preset) | overrides.pop("policy_kwargs", {})
+    contract = find_steering(env).contract
+    policy_kwargs = policy_defaults(contract.steer_mode, preset) | overrides.pop("policy_kwargs", {})
     kwargs: dict[str, Any] = dict(
-        gamma=steering.macro_gamma,
+        gamma=contract.macro_gamma,
         n_epochs=10,
         learning_rate=LinearSchedule(3e-4, 0.0, 1.0) if preset == "recommended" else 3e-4,
         clip_range=0.2,

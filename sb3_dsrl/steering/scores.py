@@ -22,4 +22,4 @@ def score_noises(
     :return: (B, M)
     """
     flow = steering.flow
-    return critic.get_ucb_q(cond, flow.executed(flow.decode(cond, w, steering.num_steps)), kappa)
+    return critic.get_ucb_q(cond, flow.executed(flow.decode(cond, w, steering.contract.num_steps)), kappa)

@@ -151,7 +151,7 @@ CASES = [
     Case(
         "flow and env: env id",
         flow_and_env(dict(env_id="PickCube-v1")),
-        r"The flow was trained on PickCube-v1, but the env is PushCube-v1; if that is meant, set flow.env_id = None first",
+        r"The flow was trained on PickCube-v1, but the env is PushCube-v1; if that is meant, pass allow_other_task=True",
     ),
     Case(
         "flow and chunk env: gamma",
@@ -209,13 +209,13 @@ CASES = [
     Case(
         "env and PPO.load: gamma",
         saved_model(lambda path: PPO.load(path, env=env(gamma=0.9))),
-        r"Action spaces do not match: NoiseSpace\(.*macro_gamma=0.97.*!= NoiseSpace\(.*macro_gamma=0.729",
+        r"Action spaces do not match: NoiseSpace\(.*gamma=0.99.*!= NoiseSpace\(.*gamma=0.9",
     ),
     Case("env and PPO.load: noise_bound", saved_model(lambda path: PPO.load(path, env=env(noise_bound=2))), "do not match"),
     Case(
         "env and stage 1: gamma",
         lambda folder: model(env()).policy.copy_into(model(env(gamma=0.9))),
-        r"This policy was made for macro_gamma=0.970299, but the model's env discounts with 0.729",
+        r"The policy has gamma=0.99, but the model's env has 0.9",
     ),
     Case(
         "env and PPO: gamma",

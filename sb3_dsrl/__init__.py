@@ -32,10 +32,12 @@ from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage1.pretrain import pretrain_latent
 from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
+from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
+from sb3_dsrl.stage2.gamma_check import install_gamma_check
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
-from sb3_dsrl.stage2.settings import ppo_kwargs
+from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
 from sb3_dsrl.steering.noise_space import NoiseSpace
@@ -49,6 +51,7 @@ __version__ = "0.1.0"
 
 for _algorithm in (PPO, A2C, TRPO):
     _algorithm.policy_aliases["LatentPolicy"] = LatentPolicy
+install_gamma_check()
 
 __all__ = [
     "ActionChunkWrapper",
@@ -57,6 +60,7 @@ __all__ = [
     "CandidateSettings",
     "EnsembleChunkCritic",
     "EvalResult",
+    "ExactBootstrap",
     "ExecutedSettings",
     "FlowPolicy",
     "Gate",
@@ -90,6 +94,7 @@ __all__ = [
     "load_demos",
     "make_chunk_env",
     "make_latent_env",
+    "policy_defaults",
     "ppo_kwargs",
     "pretrain_latent",
     "results_table",

@@ -31,7 +31,7 @@ from tests.bandit import (
     mean_noise,
 )
 from tests.envs import FORMS, scripted, tiny_flow
-from tests.test_offline import scalars
+from tests.stage0 import scalars
 
 
 @pytest.fixture(scope="module")

@@ -108,15 +108,9 @@ def _camera_env(env: gym.Env | VecEnv, size: int, env_kwargs: dict[str, Any]) ->
 
 def _steered_alike(recorder: FrameRecorder, env: gym.Env | VecEnv) -> VecEnv:
     steering = find_steering(env)
-    chunks = {name: _attribute(env, name) for name in ("gamma", "ignore_terminations", "reward_scale")}
-    latent = LatentSteeringWrapper(
-        recorder,
-        steering.flow,
-        noise_bound=steering.action_space.noise_bound,
-        steer_mode=steering.steer_mode,
-        num_steps=steering.num_steps,
-        **chunks,
-    )
+    names = ("gamma", "noise_bound", "steer_mode", "num_steps", "ignore_terminations", "reward_scale")
+    settings = {name: getattr(steering.contract, name) for name in names}
+    latent = LatentSteeringWrapper(recorder, steering.flow, allow_other_task=True, **settings)
     venv: VecEnv = DummyVecEnv([lambda: latent])
     for layer in reversed(normalizers(env)):
         twin = deepcopy(layer)  # without its env, as when it is pickled

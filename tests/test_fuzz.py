@@ -26,7 +26,7 @@ from sb3_dsrl.utils.integrity import check_zip, write_sums
 from tests.demo_files import scripted_episode, write_demos
 from tests.envs import scripted, tiny_flow, vec_steered
 from tests.test_awsc import ASKED, Checkpoint
-from tests.test_conformance import FORMS, GAMMA, Reference, Script, noises
+from tests.test_conformance import FORMS, GAMMA, Reference, Script, check_info, noises
 
 QUICK = dict(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -56,8 +56,7 @@ def agrees(
                 np.testing.assert_allclose(obs[i], expected.obs, atol=1e-4)
                 assert rewards[i] == pytest.approx(expected.reward, abs=1e-4)
                 assert dones[i] == expected.done
-                for key, value in expected.info.items():
-                    np.testing.assert_allclose(infos[i][key], value, atol=1e-4, err_msg=key)
+                check_info(infos[i], expected.info, 1e-4)
                 if expected.done:
                     np.testing.assert_allclose(infos[i]["terminal_observation"], expected.terminal, atol=1e-4)
     finally:

@@ -155,7 +155,8 @@ def test_both_forms_give_the_same_transitions(flow):
         for info, other in zip(infos, other_infos, strict=True):
             assert info.keys() == other.keys()
             n_terminal += "terminal_observation" in info
-            for key in info.keys() - {"episode"}:
+            assert (info["scene"], info["gripper"].keys()) == (other["scene"], other["gripper"].keys())
+            for key in info.keys() - {"episode", "scene", "gripper"}:
                 np.testing.assert_allclose(info[key], other[key], atol=1e-5, err_msg=key)
     assert n_terminal >= 5
 

@@ -23,7 +23,7 @@ demo: setup
 	$(PY) examples/quickstart.py --seed $(SEED)
 
 bench: setup
-	$(PY) examples/benchmark.py
+	$(PY) examples/benchmark/run.py
 
 test: setup
 	$(PY) -m pytest -q -n logical --dist loadfile --no-loadscope-reorder

@@ -27,7 +27,7 @@ from sb3_dsrl import (
 )
 from sb3_dsrl.evaluation.play import Actor
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
-from sb3_dsrl.steering.steering import SteerMode
+from sb3_dsrl.steering.contract import SteerMode
 from sb3_dsrl.utils.checkpoint import atomic_file
 from sb3_dsrl.utils.integrity import check_zip
 
@@ -44,8 +44,8 @@ class RunArgs:
     """Name of the run: its files are in runs/<exp_name>. <script>__<env_id>__<seed> if not given."""
     seed: int = 0
     """Seed of everything."""
-    sim_backend: Literal["auto", "physx_cpu", "physx_cuda"] = "auto"
-    """Simulator."""
+    sim_backend: Literal["physx_cpu", "physx_cuda", "cpu", "gpu"] = "physx_cpu"
+    """Simulator; cpu and gpu are short for the other two."""
     max_episode_steps: int | None = None
     """Time limit in env steps; the registered one if not given."""
     reward_mode: str = "normalized_dense"
@@ -80,7 +80,7 @@ class EvalArgs:
     num_eval_episodes: int = 100
     """Episodes of each final evaluation."""
     capture_video: bool = False
-    """FrameRecorder two episodes of each evaluated policy."""
+    """Film two episodes of each evaluated policy."""
 
 
 @dataclass(kw_only=True)
@@ -242,7 +242,7 @@ class Run:
         """Folder for TensorBoard."""
         return self.folder / "tensorboard"
 
-    def evaluate(self, name: str, actor: Actor, env: VecLatentSteering, flow: FlowPolicy, deterministic: bool = True) -> None:
+    def evaluate(self, name: str, actor: Actor, env: VecLatentSteering, *, deterministic: bool = True) -> None:
         """Adds a row to the report; the same episodes for every actor."""
         assert isinstance(self.args, EvalArgs)
         result = evaluate(
@@ -260,12 +260,8 @@ class Run:
         if self.args.capture_video:
             from sb3_dsrl.evaluation.video import record_video
 
-            limit = {} if self.args.max_episode_steps is None else dict(max_episode_steps=self.args.max_episode_steps)
-            (self.folder / "videos").mkdir(exist_ok=True)
             path = self.folder / "videos" / f"{name}.mp4"
-            record_video(
-                path, self.env_id, flow, actor, seed=EVAL_SEED, deterministic=deterministic, progress_bar=True, **limit
-            )
+            record_video(path, env, actor, seed=EVAL_SEED, deterministic=deterministic, progress_bar=True)
 
     def finish(self, **report: Any) -> None:
         """Writes ``report.json`` and prints the table."""

@@ -34,10 +34,10 @@ def main(args: Args) -> None:
         actors["stage2"] = load_model(args.model, env)
     run = Run("evaluate", args, args.env_id or str(flow.env_id))
     for control in ("prior", "zero"):
-        run.evaluate(control, control, env, flow)
+        run.evaluate(control, control, env)
     for name, actor in actors.items():
-        run.evaluate(name, actor, env, flow)
-        run.evaluate(f"{name}_stochastic", actor, env, flow, deterministic=False)
+        run.evaluate(name, actor, env)
+        run.evaluate(f"{name}_stochastic", actor, env, deterministic=False)
     env.close()
     run.finish()
 

@@ -171,7 +171,6 @@ def main(args: Args) -> None:
     add_row("stage2", model)
     add_row("stage2_stochastic", model, deterministic=False)
     env.close()
-    eval_env.close()
 
     report = {
         "env_id": args.env_id,
@@ -184,7 +183,8 @@ def main(args: Args) -> None:
     plot(args.output / "report.png", args, curve, rows)
     actors: dict[str, Actor] = {"before.mp4": "prior", "after.mp4": model}
     for name, actor in actors.items() if args.video_episodes else ():
-        record_video(args.output / name, args.env_id, flow, actor, args.video_episodes, seed=EVAL_SEED, progress_bar=True)
+        record_video(args.output / name, eval_env, actor, args.video_episodes, seed=EVAL_SEED, progress_bar=True)
+    eval_env.close()
 
     print(f"\n{args.env_id}, seed {args.seed}: {report['env_steps']:,} env steps, {time.time() - start:.0f} s in all\n")
     print(results_table(list(rows.values())))

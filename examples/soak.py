@@ -31,7 +31,16 @@ import tyro
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_dsrl import ActionChunkWrapper, FlowPolicy, SteerablePolicy, VecLatentSteering, VelocityMLP, ppo_kwargs, train_flow
+from sb3_dsrl import (
+    ActionChunkWrapper,
+    FlowPolicy,
+    SteerablePolicy,
+    VecLatentSteering,
+    VelocityMLP,
+    WorkerSettings,
+    ppo_kwargs,
+    train_flow,
+)
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 
 DEMOS = Path(__file__).parent / "demos" / "PushCube-v1.h5"
@@ -235,7 +244,7 @@ def soak(
 
     report = Report()
     recorder = Ledger(report, seconds)
-    venv = WorkerVecEnv([chunked] * workers, workers, on_failure="restart", timeout=120.0)
+    venv = WorkerVecEnv([chunked] * workers, WorkerSettings(workers, on_failure="restart", timeout=120.0))
     env = VecLatentSteering(venv, flow)
     env.seed(seed)
     model = PPO("LatentPolicy", env, **ppo_kwargs(env, seed=seed, **ppo))

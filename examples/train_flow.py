@@ -104,7 +104,7 @@ def main(args: Args) -> None:
     if args.num_eval_episodes:
         env = make_env(args, flow, args.num_eval_envs)
         for control in ("prior", "zero"):
-            run.evaluate(control, control, env, flow)
+            run.evaluate(control, control, env)
         env.close()
     run.finish(demos=len(demos.episodes))
 

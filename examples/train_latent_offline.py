@@ -57,6 +57,20 @@ class Args(FlowArgs, TrainingArgs):
     """Weight of KL(pi || N(0, I)); 0.01 for executed noises and 0.001 for candidates if not given."""
 
 
+def settings(args: Args) -> dict[str, Any]:
+    """Those that the weighting knows."""
+    common = dict(
+        n_iterations=args.total_iters,
+        batch_size=args.batch_size,
+        learning_rate=args.lr,
+        beta=args.advantage_temperature,
+        kl_coef=args.kl_coef,
+    )
+    if args.weighting == "executed":
+        return common
+    return common | dict(n_candidates=args.num_candidates, pool_size=args.pool_size, kappa=args.ucb_kappa, tau=args.tau)
+
+
 def main(args: Args) -> None:
     """Trains, evaluates and saves the latent policy."""
     flow = load_flow(args)
@@ -83,30 +97,21 @@ def main(args: Args) -> None:
         gate = Gate(env, args.gate_episodes) if args.gate_episodes else None
         pretrain_latent(
             model,
-            args.demo_path,
+            args.demo_path if args.weighting == "candidates" else None,
             rollouts,
             weighting=args.weighting,
-            n_iterations=args.total_iters,
-            batch_size=args.batch_size,
-            learning_rate=args.lr,
-            n_candidates=args.num_candidates,
-            pool_size=args.pool_size,
-            kappa=args.ucb_kappa,
-            beta=args.advantage_temperature,
-            tau=args.tau,
-            kl_coef=args.kl_coef,
             gate=gate,
-            ignore_terminations=args.ignores_terminations,
             tensorboard_log=run.tensorboard / "stage1",
             progress_bar=True,
             checkpoint=checkpoint,
+            **settings(args),
         )
         env_steps += 0 if gate is None else gate.env_steps
     model.policy.save(str(run.folder / "stage1.pt"))
     if args.num_eval_episodes:
-        run.evaluate("prior", "prior", env, flow)
-        run.evaluate("stage1", model, env, flow)
-        run.evaluate("stage1_stochastic", model, env, flow, deterministic=False)
+        run.evaluate("prior", "prior", env)
+        run.evaluate("stage1", model, env)
+        run.evaluate("stage1_stochastic", model, env, deterministic=False)
     env.close()
     run.finish(env_steps=env_steps)
 

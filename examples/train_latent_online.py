@@ -109,9 +109,9 @@ def main(args: Args) -> None:
     with atomic_file(checkpoints / "final.zip") as file:
         model.save(file)
     if args.num_eval_episodes:
-        run.evaluate("prior", "prior", eval_env, flow)
-        run.evaluate("stage2", model, eval_env, flow)
-        run.evaluate("stage2_stochastic", model, eval_env, flow, deterministic=False)
+        run.evaluate("prior", "prior", eval_env)
+        run.evaluate("stage2", model, eval_env)
+        run.evaluate("stage2_stochastic", model, eval_env, deterministic=False)
     env.close()
     eval_env.close()
     points = [

@@ -1,4 +1,8 @@
-"""Latent steering of frozen flow policies with Stable-Baselines3."""
+"""Latent steering of frozen flow policies with Stable-Baselines3.
+
+"DSRL" is here dual-stage RL with latent steering: stage 1 offline, stage 2 online with stock PPO. Diffusion Steering via RL
+(https://arxiv.org/abs/2506.15799), which has the same initials, trains SAC on the noise.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,6 +10,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
+from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import evaluate
 from sb3_dsrl.evaluation.results import EvalResult, results_table
@@ -22,12 +27,17 @@ from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
+from sb3_dsrl.stage1.aw_mle import aw_mle_loss
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
 from sb3_dsrl.stage1.gate import Gate
-from sb3_dsrl.stage1.pretrain import aw_mle_loss, pretrain_latent
+from sb3_dsrl.stage1.pretrain import pretrain_latent
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
+from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
+from sb3_dsrl.stage2.gamma_check import install_gamma_check
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
-from sb3_dsrl.stage2.settings import ppo_kwargs
+from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
 from sb3_dsrl.steering.noise_space import NoiseSpace
@@ -41,13 +51,17 @@ __version__ = "0.1.0"
 
 for _algorithm in (PPO, A2C, TRPO):
     _algorithm.policy_aliases["LatentPolicy"] = LatentPolicy
+install_gamma_check()
 
 __all__ = [
     "ActionChunkWrapper",
     "AdvantageWeighting",
     "BestOfM",
+    "CandidateSettings",
     "EnsembleChunkCritic",
     "EvalResult",
+    "ExactBootstrap",
+    "ExecutedSettings",
     "FlowPolicy",
     "Gate",
     "ImageEncoder",
@@ -66,6 +80,7 @@ __all__ = [
     "VecLatentSteering",
     "VelocityMLP",
     "VelocityUNet",
+    "WorkerSettings",
     "__version__",
     "aw_mle_loss",
     "collect_rollouts",
@@ -73,10 +88,13 @@ __all__ = [
     "demo_transitions",
     "evaluate",
     "find_ticket",
+    "fit_candidates",
+    "fit_executed",
     "load_awsc_checkpoint",
     "load_demos",
     "make_chunk_env",
     "make_latent_env",
+    "policy_defaults",
     "ppo_kwargs",
     "pretrain_latent",
     "results_table",

@@ -5,9 +5,11 @@ import signal
 
 import pytest
 import torch as th
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl import FlowPolicy
 from tests.envs import tiny_flow
+from tests.models import steered
 
 th.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell has started the tests in the background
@@ -28,3 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def flow() -> FlowPolicy:
     """A frozen flow that fits the default ScriptedEnv: D = 3, A = 2, T = 4, H = 3, two frames. Do not change it."""
     return tiny_flow()
+
+
+@pytest.fixture
+def env(flow: FlowPolicy) -> VecEnv:
+    """Two steered scripted envs."""
+    return steered(flow)

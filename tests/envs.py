@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, VelocityMLP
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
-from sb3_dsrl.envs.workers import ProcessWorker
+from sb3_dsrl.envs.workers import ProcessWorker, WorkerSettings
 
 
 class ScriptedEnv(gym.Env):
@@ -79,7 +79,11 @@ class ScriptedEnv(gym.Env):
         self.rewards.append(float(np.sin(self.start + self.t + 10 * self.episode) + action.mean()))
         self._write_obs(action)
         success = self.t >= self.length if self.success_steps is None else self.t in self.success_steps
-        return self._obs, self.rewards[-1], self.t >= self.length, False, {"success": success}
+        return self._obs, self.rewards[-1], self.t >= self.length, False, {"success": success, **self.report()}
+
+    def report(self) -> dict[str, Any]:
+        """What a simulator's info holds besides success."""
+        return dict(elapsed_steps=self.t, gripper=dict(at=self._obs[:2].copy()), scene="flat")
 
     def _write_obs(self, action: np.ndarray) -> None:
         phase = np.arange(len(self._obs)) + self.start + 0.3 * self.t + 7 * self.episode
@@ -112,7 +116,10 @@ class BatchedScriptedEnv(gym.Env):
         for i, result in enumerate(results):
             self._write(i, result[0])
         rewards, ended, limits = (th.tensor([result[c] for result in results]) for c in (1, 2, 3))
-        return self._obs, rewards, ended, limits, {"success": th.tensor([result[4]["success"] for result in results])}
+        infos = [result[4] for result in results]
+        info = {key: th.tensor([own[key] for own in infos]) for key in ("success", "elapsed_steps")}
+        at = th.from_numpy(np.stack([own["gripper"]["at"] for own in infos]))
+        return self._obs, rewards, ended, limits, dict(info, gripper=dict(at=at), scene=infos[0]["scene"])
 
     def _write(self, i: int, obs: Any) -> None:
         parts = obs if isinstance(obs, dict) else {"": obs}
@@ -184,7 +191,7 @@ def numbered(
         env = Numbered(i, **(failing if i == 1 else {}))
         return ActionChunkWrapper(gym.wrappers.TimeLimit(env, 12), act_horizon=3, obs_horizon=2)
 
-    return WorkerVecEnv([lambda i=i: make(i) for i in range(n)], n_workers, on_failure, worker, timeout)
+    return WorkerVecEnv([lambda i=i: make(i) for i in range(n)], WorkerSettings(n_workers, on_failure, worker, timeout))
 
 
 def scripted(time_limit: int | None = None, **kwargs: Any) -> gym.Env:

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run_script(script: str, *flags: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
     """
-    :param script: file name in ``examples``
+    :param script: path below ``examples``
     :param flags: of the command line
     :param cwd: working directory
     :return: exit code and output

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from sb3_dsrl import ActionChunkWrapper, BestOfM, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, evaluate
 from tests.envs import FORMS, scripted, tiny_flow
@@ -82,5 +82,14 @@ def test_refusals() -> None:
         BestOfM(env, critic, 0)
     with pytest.raises(ValueError, match="pass the env below VecNormalize"):
         BestOfM(VecNormalize(env), critic)
+    with pytest.raises(ValueError, match="The critic needs the flow's own features: pass the env below VecNormalize"):
+        BestOfM(VecMonitor(VecNormalize(VecNormalize(env), norm_obs=False)), critic)
     with pytest.raises(ValueError, match="is not steered"):
         BestOfM(BanditEnv(TARGET), critic)
+
+
+def test_vec_normalize_of_rewards_alone_is_no_problem() -> None:
+    env, critic = bandit(), KnownCritic(closeness)
+    normalized = VecNormalize(env, norm_obs=False)
+    result = evaluate(BestOfM(normalized, critic, 4), normalized, 8)
+    assert result == evaluate(BestOfM(env, critic, 4), env, 8)

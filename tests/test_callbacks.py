@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 
-from sb3_dsrl import SuccessEvalCallback, evaluate, ppo_kwargs
+from sb3_dsrl import LatentSteeringWrapper, SuccessEvalCallback, evaluate, ppo_kwargs
 from tests.envs import scripted, tiny_flow, vec_steered
 
 
@@ -64,3 +64,28 @@ def test_best_model_is_the_first_of_the_best(tmp_path: Path, monkeypatch: pytest
     model.learn(8 * 2 * 2, SuccessEvalCallback(steered(), eval_freq=1, n_eval_episodes=2, save_path=tmp_path))
     assert [steps for steps, name in saved if name == "best_success_at_end"] == [0, 16]
     assert [steps for steps, name in saved if name == "latest"] == [0, 16, 32, 32]
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize])
+def test_the_training_env_is_refused(wrap: Any) -> None:
+    env = steered()
+    model = PPO("LatentPolicy", wrap(env), **ppo_kwargs(env, n_steps=8))
+    with pytest.raises(ValueError, match="eval_env is the training env: "):
+        model.learn(16, SuccessEvalCallback(VecMonitor(env), n_eval_episodes=2))
+
+
+def test_the_training_env_in_gym_form_is_refused() -> None:
+    env = LatentSteeringWrapper(scripted(20), tiny_flow())
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, n_steps=8))
+    with pytest.raises(ValueError, match="eval_env is the training env: "):
+        model.learn(16, SuccessEvalCallback(env, n_eval_episodes=2))
+
+
+def test_a_finished_run_is_not_measured_again() -> None:
+    env = steered()
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, n_steps=8))
+    callback = SuccessEvalCallback(steered(), n_eval_episodes=2)
+    model.learn(16, callback)
+    before = list(callback.history)
+    model.learn(0, callback, reset_num_timesteps=False)
+    assert callback.history == before

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(600)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every method ran once."""
     folder = tmp_path_factory.mktemp("compare")
-    done = run_script("compare_baselines.py", "--smoke", "--jobs", 1, "--output", folder, cwd=folder)
+    done = run_script("compare/run.py", "--smoke", "--jobs", 1, "--output", folder, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     assert [path.name for path in folder.iterdir()] == ["smoke"]  # where no real comparison finds it
     return folder / "smoke"
@@ -55,7 +55,7 @@ def test_report(folder: Path) -> None:
 
 def test_the_report_states_its_commands_and_the_start_of_stage_2(folder: Path) -> None:
     text = (folder / "report.md").read_text()
-    assert "python examples/compare_baselines.py --env_ids PushCube-v1 --methods prior zero narrow" in text
+    assert "python examples/compare/run.py --env_ids PushCube-v1 --methods prior zero narrow" in text
     start = json.loads((folder / "PushCube-v1" / "full" / "0.json").read_text())["curve"][0]["success_at_end"]
     assert re.search(rf"\| ticket \+ stage 1 \+ stage 2 +\| {start:.2f} ", text.partition("Offline to online")[2])
 
@@ -67,7 +67,7 @@ def test_the_report_states_the_env_steps_to_the_target(folder: Path, monkeypatch
     content["curve"] = [dict(env_steps=steps, success_once=1.0, success_at_end=success) for steps, success in curve]
     path.write_text(json.dumps(content))
     monkeypatch.syspath_prepend(EXAMPLES)
-    text = importlib.import_module("compare_report").write_report(folder).partition("Env steps after which")[2]
+    text = importlib.import_module("compare.report").write_report(folder).partition("Env steps after which")[2]
     assert re.search(r"\| stage 2 +\| 2,000 +\| 0 +\|", text)  # at the end, once
 
 
@@ -76,20 +76,18 @@ def test_finished_runs_are_skipped(folder: Path) -> None:
     content = json.loads(path.read_text())
     content["rows"][0]["success_at_end"] = 0.625
     path.write_text(json.dumps(content))
-    done = run_script("compare_baselines.py", "--smoke", "--methods", "zero", "--output", folder.parent, cwd=folder)
+    done = run_script("compare/run.py", "--smoke", "--methods", "zero", "--output", folder.parent, cwd=folder)
     assert done.returncode == 0 and "0.62" in done.stdout  # taken from the file, not run again
 
 
 def test_other_settings_need_another_folder(folder: Path) -> None:
-    done = run_script("compare_baselines.py", "--budget", 64, "--output", folder, cwd=folder)
+    done = run_script("compare/run.py", "--budget", 64, "--output", folder, cwd=folder)
     assert done.returncode == 2 and f"--budget is 64, but {folder} holds runs with 128: expected the same" in done.stderr
 
 
 def test_recipes_of_stage_1(folder: Path) -> None:
     names = ("candidates_demos", "two_rounds", "learned_std")
-    done = run_script(
-        "compare_baselines.py", "--smoke", "--jobs", 1, "--methods", *names, "--output", folder.parent, cwd=folder
-    )
+    done = run_script("compare/run.py", "--smoke", "--jobs", 1, "--methods", *names, "--output", folder.parent, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     recipes = (folder / "report.md").read_text().partition("Recipes of stage 1")[2]
     assert "| stage 1: candidates, critic of the demos | 1 " in recipes and "| stage 1: two rounds" in recipes
@@ -99,13 +97,13 @@ def test_recipes_of_stage_1(folder: Path) -> None:
 
 @pytest.mark.parametrize(("flag", "value"), [("--methods", "sacc"), ("--env_ids", "PushCube-v2")])
 def test_unknown_names(folder: Path, flag: str, value: str) -> None:
-    done = run_script("compare_baselines.py", flag, value, "--output", folder, cwd=folder)
+    done = run_script("compare/run.py", flag, value, "--output", folder, cwd=folder)
     assert done.returncode == 2 and f"{flag}: {value} is unknown; expected some of" in done.stderr
 
 
 def test_ctrl_c_ends_it_at_once(folder: Path) -> None:
     """The runs that wait are not started any more, and nothing is half-written."""
-    script = [sys.executable, EXAMPLES / "compare_baselines.py", "--smoke", "--seeds", "1", "--output", folder.parent]
+    script = [sys.executable, EXAMPLES / "compare/run.py", "--smoke", "--seeds", "1", "--output", folder.parent]
     process = subprocess.Popen([*map(str, script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         until(lambda: bool(list(folder.glob("*/*/1.json"))))

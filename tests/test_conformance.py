@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy, LatentSteeringWrapper, VecLatentSteering, ppo_kwargs
 from sb3_dsrl.envs.ray_workers import RayWorker
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
-from sb3_dsrl.envs.workers import ProcessWorker
+from sb3_dsrl.envs.workers import ProcessWorker, WorkerSettings
 from sb3_dsrl.policies.diffusion import DiffusionPolicy
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from tests.envs import BatchedScriptedEnv, ScriptedEnv, gym_steered, scripted, tiny_flow, vec_steered
@@ -50,7 +50,7 @@ def env_fns(scripts: list[Script], flow: FlowPolicy, **chunk_kwargs: Any) -> lis
 
 def with_workers(worker: type) -> Callable[..., VecEnv]:
     def make(flow: FlowPolicy, scripts: list[Script], **chunk_kwargs: Any) -> VecEnv:
-        return VecLatentSteering(WorkerVecEnv(env_fns(scripts, flow, **chunk_kwargs), n_workers=2, worker=worker), flow)
+        return VecLatentSteering(WorkerVecEnv(env_fns(scripts, flow, **chunk_kwargs), WorkerSettings(2, worker=worker)), flow)
 
     return make
 
@@ -97,6 +97,7 @@ class Reference:
     def reset(self) -> np.ndarray:
         self.frames = [self.env.reset()[0].copy()] * self.flow.obs_horizon
         self.rewards: list[float] = []
+        self.macro_rewards: list[float] = []
         self.successes: list[bool] = []
         return self.features()
 
@@ -115,12 +116,18 @@ class Reference:
                 break
             if self.limit is not None and len(self.rewards) >= self.limit:
                 truncated = True
+        self.macro_rewards.append(reward)
         counted = slice(0, self.limit)  # metrics stop at the time limit
         info = {
             "chunk_length": k,
             "TimeLimit.truncated": truncated and not terminated,
             "is_success": self.successes[counted][-1],
             "action_chunk": chunk,
+            # the simulator's own: of the last step that was executed, also beyond a time limit
+            "success": self.successes[-1],
+            "elapsed_steps": len(self.rewards),
+            "gripper": dict(at=self.frames[-1][:2]),
+            "scene": "flat",
         }
         terminal = None
         if terminated or truncated:
@@ -128,6 +135,7 @@ class Reference:
             info["success_once"] = any(self.successes[counted])
             info["episode_return"] = sum(self.rewards[counted])
             info["episode_length"] = len(self.rewards[counted])
+            info["macro_return"], info["macro_steps"] = sum(self.macro_rewards), len(self.macro_rewards)
             terminal = self.features()
             self.reset()
         return Expected(self.features(), reward, terminated or truncated, info, terminal)
@@ -172,14 +180,23 @@ def test_transitions(form: str, policy_class: type[FlowPolicy], act_horizon: int
                 np.testing.assert_allclose(obs[i], expected.obs, atol=atol, err_msg=where)
                 assert rewards[i] == pytest.approx(expected.reward, abs=atol), where
                 assert dones[i] == expected.done, where
+                seen = [expected.info.pop(key, None) for key in ("macro_return", "macro_steps")]
                 for key, value in expected.info.items():
-                    np.testing.assert_allclose(infos[i][key], value, atol=atol, err_msg=f"{where}: {key}")
+                    found = infos[i][key]
+                    if key == "gripper":
+                        assert type(found["at"]) is np.ndarray
+                        found, value = found["at"], value["at"]
+                    if key == "scene":
+                        assert found == value, where
+                    else:
+                        np.testing.assert_allclose(found, value, atol=atol, err_msg=f"{where}: {key}")
+                ours = {"TimeLimit.truncated", "episode", "terminal_observation"} if expected.done else set()
+                assert infos[i].keys() == expected.info.keys() | ours, where
                 assert ("terminal_observation" in infos[i]) == expected.done, where
                 if expected.done:
                     ended += 1
                     np.testing.assert_allclose(infos[i]["terminal_observation"], expected.terminal, atol=atol, err_msg=where)
-                    assert infos[i]["episode"]["r"] == pytest.approx(expected.info["episode_return"], abs=1e-3)
-                    assert infos[i]["episode"]["l"] == expected.info["episode_length"]
+                    assert [infos[i]["episode"][key] for key in ("r", "l")] == pytest.approx(seen, abs=1e-3)
                 else:
                     assert not {"episode", "success_at_end"} & infos[i].keys(), where
             kept.append(obs)
@@ -239,7 +256,9 @@ def test_batched_maniskill_equals_the_gym_form(pair: tuple[VecEnv, LatentSteerin
             after = infos[0]["terminal_observation"] if dones[0] else obs[0]
             np.testing.assert_allclose(after, other, atol=1e-5)
             assert rewards[0] == pytest.approx(reward, abs=1e-5)
-            for key in info.keys() & infos[0].keys() - {"episode"}:
+            added = {"TimeLimit.truncated", "terminal_observation"} if dones[0] else {"TimeLimit.truncated"}
+            assert infos[0].keys() == info.keys() | added and {"elapsed_steps", "success"} <= info.keys()
+            for key in info.keys() - {"episode"}:
                 np.testing.assert_allclose(infos[0][key], info[key], atol=1e-5, err_msg=key)
         assert infos[0]["episode_length"] == 10 and infos[0]["success_at_end"] is False
 
@@ -295,7 +314,7 @@ def test_dict_observations(kind: str) -> None:
     chunk = np.random.default_rng(0).uniform(-1, 1, (5, 2, 3, 2)).astype(np.float32)
     single = ActionChunkWrapper(make(), 3, 2)
     if kind == "workers":
-        env: VecEnv = WorkerVecEnv([lambda: ActionChunkWrapper(make(), 3, 2)] * 2, n_workers=1)
+        env: VecEnv = WorkerVecEnv([lambda: ActionChunkWrapper(make(), 3, 2)] * 2, WorkerSettings(1))
     else:
         env = BatchedChunkEnv(BatchedScriptedEnv([make(), make()]), 3, 2)
     assert env.observation_space == single.observation_space

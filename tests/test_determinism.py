@@ -24,13 +24,13 @@ from sb3_dsrl import (
     demo_transitions,
     load_demos,
     ppo_kwargs,
-    pretrain,
     pretrain_latent,
     resume,
     train_critic,
     train_flow,
 )
 from sb3_dsrl.stage0.windows import ImageWindows
+from sb3_dsrl.stage1 import executed, fit
 from sb3_dsrl.utils.checkpoint import previous
 from sb3_dsrl.utils.interrupt import Interrupted
 from sb3_dsrl.utils.progress import ProgressLoop
@@ -116,11 +116,10 @@ def stage_1(flow: FlowPolicy, weighting: str, checkpoint: TrainingCheckpoint | N
         weighting=weighting,  # type: ignore[arg-type]
         n_iterations=20,
         batch_size=16,
-        n_candidates=4,
-        warm_start_value=weighting == "candidates",
         policy_kwargs=dict(net_arch=[16]),
         seed=seed,
         checkpoint=checkpoint,
+        **(dict(n_candidates=4, warm_start_value=True) if weighting == "candidates" else {}),
     )
     return bits(policy) + rollouts.w.numpy().tobytes() + rollouts.reward.numpy().tobytes()
 
@@ -137,8 +136,8 @@ def test_stage_1(
     weighting: str,
     loops: dict[str, int],
 ) -> None:
-    for name in ("train_critic", "executed_advantages", "_fit_value"):
-        monkeypatch.setattr(pretrain, name, partial(getattr(pretrain, name), n_iterations=20))
+    for module, name in ((fit, "train_critic"), (fit, "fit_value"), (executed, "executed_advantages")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), n_iterations=20))
     expected = stage_1(flow, weighting)
     checkpoint = TrainingCheckpoint(tmp_path, save_freq=6)
     for name, iteration in loops.items():  # every resume falls into the next loop's crash
@@ -197,7 +196,7 @@ def test_stage_2_resumed(whole: tuple[Stage2, PPO], flow: FlowPolicy, tmp_path: 
     resumed = Stage2(tmp_path, flow)
     model = resumed.run(goes_on=True)
     assert bits(model.policy) == bits(expected.policy)
-    assert model.policy.prior_mix == pytest.approx(0.3 * 0.9**8)
+    assert model.policy.prior_mix == pytest.approx(0.03 * 0.9**8)
     assert (model.num_timesteps, resumed.keeper.env_steps) == (expected.num_timesteps, stage.keeper.env_steps)
     assert resumed.curve.history == stage.curve.history and resumed.curve.env_steps == stage.curve.env_steps
     folders = list((tmp_path / "tb").iterdir())
@@ -274,6 +273,32 @@ def test_running_statistics_and_eval_callback_are_kept(flow: FlowPolicy, tmp_pat
     assert bits(model.policy) == bits(expected.policy)
     assert len(curve.evaluations_timesteps) == 8
     assert resumed.evaluations_timesteps == curve.evaluations_timesteps
+
+
+def test_the_readmes_snippet_leaves_a_finished_model(flow: FlowPolicy, tmp_path: Path) -> None:
+    """Fault n: a run that is shorter than save_freq, or ends between two checkpoints, is kept to its end."""
+    path, total = tmp_path / "resume.zip", 4 * 16
+    for wrap in (lambda env: env, VecNormalize):
+        states = []
+        for _ in range(2):  # the second time nothing is left to do
+            env = wrap(steered(flow))
+            model = resume(PPO, path, env) or PPO("LatentPolicy", env, **ppo_kwargs(env, **KWARGS))
+            callback = ResumeCallback(path, save_freq=2_000)
+            model.learn(total - model.num_timesteps, callback, reset_num_timesteps=model.num_timesteps == 0)
+            rms = env.obs_rms.mean.tobytes() if isinstance(env, VecNormalize) else b""
+            states.append((model.num_timesteps, callback.env_steps, bits(model.policy) + rms, path.read_bytes()))
+        assert states[0] == states[1] and states[0][0] == total
+        assert bits(PPO.load(path).policy) == bits(model.policy)
+        assert not previous(path).exists()
+        path.unlink()
+
+
+def test_a_finished_run_keeps_its_callbacks_last_state(whole: tuple[Stage2, PPO], flow: FlowPolicy) -> None:
+    stage, expected = whole
+    again = Stage2(stage.folder, flow)
+    model = again.run(goes_on=True)
+    assert bits(model.policy) == bits(expected.policy) and model.num_timesteps == TOTAL
+    assert again.curve.history == stage.curve.history and again.keeper.env_steps == stage.keeper.env_steps
 
 
 def test_wrong_use(flow: FlowPolicy, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Evaluation with a fixed quota per env, its controls and intervals, and rollouts for stage 1."""
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch as th
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import PPO, SAC
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from sb3_dsrl import EvalResult, FlowPolicy, LatentSteeringWrapper, collect_rollouts, evaluate, results_table
 from sb3_dsrl.evaluation.play import play
@@ -64,7 +66,7 @@ def test_result_counts_env_steps_up_to_the_time_limit(flow):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_same_seed_same_starts_for_every_player(form: str, flow):
+def test_same_seed_same_starts_for_every_actor(form: str, flow):
     def starts(actor: Any, seed: int) -> np.ndarray:
         raw = [ScriptedEnv(episode_lengths=(4, 9), random_start=True) for _ in range(2)]
         evaluate(actor, FORMS[form](flow, raw), 6, seed=seed)
@@ -120,7 +122,7 @@ def test_evaluation_leaves_the_global_generators_alone(env):
 # --------------------------------------------------------------------------------------------------------------- actors
 
 
-def test_zero_and_fixed_noise_players(flow):
+def test_zero_and_fixed_noise(flow):
     fixed = np.random.default_rng(0).standard_normal(flow.noise_shape)
     for actor, w in (("zero", np.zeros(flow.noise_shape)), (fixed, fixed)):
         for step in play(actor, random_starts(flow), 3):
@@ -274,9 +276,107 @@ def test_errors(flow, env):
         evaluate("piror", env, 2)
     with pytest.raises(ValueError, match="is not steered"):
         collect_rollouts("prior", VecMonitor(DummyVecEnv([scripted])), 2)
-    with pytest.raises(ValueError, match="info holds no 'episode_return'"):
+    with pytest.raises(ValueError, match="evaluate needs a steered env, but the env's info holds no 'chunk_length'"):
         evaluate("zero", DummyVecEnv([scripted]), 2)
-    blind = ScriptedEnv(episode_lengths=(2,))
-    blind.step = lambda action, step=blind.step: (*step(action)[:4], {})
-    with pytest.raises(ValueError, match="info holds no 'success_once'"):
-        evaluate("zero", gym_steered(flow, [blind]), 2)
+
+
+def blind() -> ScriptedEnv:
+    env = ScriptedEnv(episode_lengths=(10,))
+    env.step = lambda action, step=env.step: (*step(action)[:4], {})
+    return env
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_env_without_success_is_refused_at_the_first_macro_step(form: str, flow):
+    raw = blind()
+    sentence = (
+        "evaluate needs to know success, but the env's info holds no 'is_success': expected an env that reports 'success'"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        evaluate("zero", FORMS[form](flow, [raw]), 20)
+    assert len(raw.actions) == flow.act_horizon
+
+
+def test_rollouts_need_no_success(flow):
+    assert collect_rollouts("prior", gym_steered(flow, [blind()]), 2).result is None
+
+
+# ---------------------------------------------------------------------------------------------------------- training envs
+
+
+def assert_same_statistics(env: VecNormalize, before: VecNormalize, returns: np.ndarray) -> None:
+    assert env.training
+    for name in ("obs_rms", "ret_rms"):
+        found, expected = getattr(env, name), getattr(before, name)
+        np.testing.assert_array_equal(found.mean, expected.mean)
+        np.testing.assert_array_equal(found.var, expected.var)
+        assert found.count == expected.count
+    np.testing.assert_array_equal(env.returns, returns)
+
+
+def test_playing_leaves_a_vec_normalize_in_training_as_it_is(flow):
+    env = VecMonitor(VecNormalize(random_starts(flow), gamma=GAMMA**3))
+    normalize = env.venv
+    env.reset()
+    for _ in range(5):
+        env.step(np.ones((2, 4, 2), np.float32))
+    before, returns = deepcopy(normalize), normalize.returns.copy()
+    assert returns.any()
+    evaluate("prior", env, 4)
+    assert_same_statistics(normalize, before, returns)
+    for step in play("zero", env, 4):
+        assert not normalize.training and step is not None
+        break  # nor if it is left early
+    assert_same_statistics(normalize, before, returns)
+    raw_envs(env)[1].step = lambda action: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        evaluate("prior", env, 4)
+    assert_same_statistics(normalize, before, returns)
+    normalize.training = False
+    with pytest.raises(ZeroDivisionError):
+        evaluate("prior", env, 4)
+    assert not normalize.training
+
+
+@pytest.mark.parametrize("form", ["gym", "vec", "below VecNormalize"])
+def test_a_model_that_played_in_its_training_env_learns_on_from_a_reset(form: str, flow):
+    if form == "gym":
+        env = LatentSteeringWrapper(scripted(10, random_start=True), flow, gamma=GAMMA)
+        model = PPO("LatentPolicy", env, gamma=GAMMA**3, n_steps=8, batch_size=8, seed=0)
+        raw = [env.unwrapped]
+    else:
+        env = random_starts(flow)
+        own = VecNormalize(env, gamma=GAMMA**3) if form == "below VecNormalize" else env
+        model = PPO("LatentPolicy", own, gamma=GAMMA**3, n_steps=8, batch_size=8, seed=0)
+        raw = raw_envs(env)
+    model.learn(16)
+    evaluate(model, env, 3)
+    played = [len(each.starts) for each in raw]
+    firsts: list[np.ndarray] = []
+
+    class Noted(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            firsts.append(self.model._last_obs.copy())
+
+        def _on_step(self) -> bool:
+            return True
+
+    model.learn(16, reset_num_timesteps=False, callback=Noted())
+    assert model.num_timesteps == 32
+    frames = [
+        np.repeat((np.sin(np.arange(3) + each.starts[n] + 7 * n))[None], 2, 0) for each, n in zip(raw, played, strict=True)
+    ]
+    obs = flow.encode(np.stack(frames).astype(np.float32)).numpy()
+    if form == "below VecNormalize":
+        firsts[0] = model.env.unnormalize_obs(firsts[0])
+        assert firsts[0].shape == obs.shape
+    else:
+        np.testing.assert_allclose(firsts[0], obs, atol=1e-5)
+
+
+def test_a_model_that_played_elsewhere_learns_on_from_where_it_was(flow):
+    model = PPO("LatentPolicy", random_starts(flow), gamma=GAMMA**3, n_steps=8, batch_size=8, seed=0)
+    model.learn(16)
+    last = model._last_obs
+    evaluate(model, random_starts(flow), 3)
+    assert model._last_obs is last

@@ -90,7 +90,7 @@ def test_quickstart(tmp_path: Path) -> None:
 def test_benchmark(tmp_path: Path) -> None:
     """The parts without a simulator; the figures of so few repeats mean nothing, but both codes compute the same."""
     flags = ("--batches", 2, "--stage1-batch", 2, "--repeats", 1, "--no-simulate", "--output", tmp_path)
-    done = run("benchmark.py", *flags)
+    done = run("benchmark/run.py", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
     for key in ("decode_speedup", "decode_2step_speedup"):

@@ -51,6 +51,8 @@ def test_refusals(env: VecEnv) -> None:
         Gate(env, 0)
     with pytest.raises(ValueError, match="pass the env below VecNormalize"):
         Gate(VecNormalize(env))
+    with pytest.raises(ValueError, match="The gate needs the flow's own features and rewards"):
+        Gate(VecNormalize(env, norm_obs=False))
 
 
 def test_what_harms_is_dropped(env: VecEnv) -> None:

@@ -23,12 +23,14 @@ from sb3_dsrl import (
     collect_rollouts,
     demo_transitions,
     load_demos,
+    make_chunk_env,
     make_latent_env,
     ppo_kwargs,
     pretrain_latent,
     train_critic,
     train_flow,
 )
+from sb3_dsrl.envs import maniskill
 from sb3_dsrl.envs.maniskill_wrappers import flat_images
 from sb3_dsrl.stage0.windows import ImageWindows
 from sb3_dsrl.steering.batched import BatchedChunkEnv
@@ -303,6 +305,23 @@ def test_three_stages_on_features(tmp_path: Path) -> None:
     assert model.rollout_buffer.observations.size == 4 * 2 * flow.cond_dim
     assert flow.cond_dim < 300
     env.close()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_images_are_rendered_on_the_gpu_where_there_is_one(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of ManiSkill and of the workers. (Nothing is rendered: the machine that tests has no GPU.)"""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    found = {}
+    asked: dict[str, dict[str, Any]] = dict(state={}, rgb=dict(obs_mode="rgb"), video=dict(render_mode="rgb_array"))
+    asked["rgb on the CPU"] = dict(obs_mode="rgb", render_backend="cpu")
+    for name, kwargs in asked.items():
+        hidden: list[bool] = []
+        monkeypatch.setattr(maniskill, "WorkerVecEnv", lambda fns, settings, hide_gpu, to=hidden: to.append(hide_gpu))
+        make_chunk_env("PushCube-v1", 2, **kwargs)
+        backend = maniskill.maniskill_kwargs("PushCube-v1", **({"obs_mode": "state"} | kwargs))["render_backend"]
+        found[name] = (backend, hidden[0])
+    sees = ("gpu", False) if gpu else ("cpu", True)
+    assert found == dict(state=("none", True), rgb=sees, video=sees) | {"rgb on the CPU": ("cpu", True)}
 
 
 def test_other_images_are_refused() -> None:

@@ -1,6 +1,7 @@
 """The wrappers on real ManiSkill envs: PushCube-v1 and PickCube-v1 on the CPU."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env  # noqa: F401  an error message names it, and it must work
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_dsrl import (
@@ -18,13 +20,17 @@ from sb3_dsrl import (
     FlowPolicy,
     LatentSteeringWrapper,
     ResumeCallback,
+    WorkerSettings,
     collect_rollouts,
     evaluate,
     load_demos,
+    make_chunk_env,
     make_latent_env,
     ppo_kwargs,
     resume,
 )
+from sb3_dsrl.envs import maniskill
+from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from sb3_dsrl.stage2.resume import RECONFIGURE
 from sb3_dsrl.utils.checkpoint import previous
 from tests.envs import tiny_flow
@@ -121,7 +127,7 @@ def test_time_limit_inside_a_chunk(workers: VecEnv) -> None:
         dones.append(done.tolist())
     assert dones == [[False] * 2, [False] * 2, [True] * 2]
     for info in infos:
-        assert info["TimeLimit.truncated"] and info["episode_length"] == info["episode"]["l"] == 10
+        assert info["TimeLimit.truncated"] and (info["episode_length"], info["episode"]["l"]) == (10, 3)
         assert info["chunk_length"] == 4 and info["success_at_end"] is False
 
 
@@ -150,14 +156,47 @@ def test_errors_name_the_way_out() -> None:
         make_latent_env("PushCube-v1", flow, sim_backend="physx_gpu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="The flow was trained on PushCube-v1, but the env is PickCube-v1; if that is meant"):
         make_latent_env("PickCube-v1", flow)
-    anywhere = flow_for("PushCube-v1")
-    anywhere.env_id = None
     with pytest.raises(ValueError, match=r"observations have shape .* \(2, 42\), but the flow's are \(2, 35\)"):
-        make_latent_env("PickCube-v1", anywhere)
+        make_latent_env("PickCube-v1", flow, allow_other_task=True)
     with pytest.raises(
         ValueError, match=r"control_mode='pd_joint_target_delta_pos', but the flow's actions are for 'pd_joint_delta_pos'"
     ):
         make_latent_env("PushCube-v1", flow, control_mode="pd_joint_target_delta_pos")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("asked", "simulator"), [(None, "physx_cpu"), ("cpu", "physx_cpu"), ("gpu", "physx_cuda")])
+def test_number_of_envs_does_not_choose_the_physics(
+    gpu: bool, asked: str | None, simulator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 training and 25 evaluation envs simulate alike, whether or not there is a GPU. (No simulator runs here.)"""
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(maniskill, "_made", lambda env_id, **kwargs: made.append(kwargs))
+    for name in ("DummyVecEnv", "WorkerVecEnv"):
+        monkeypatch.setattr(maniskill, name, lambda env_fns, *args, **kwargs: env_fns[0]())
+    for name in ("ActionChunkWrapper", "BatchedChunkEnv", "flat_images"):
+        monkeypatch.setattr(maniskill, name, lambda env, **kwargs: env)
+    for n_envs in (1, 25, 50, 512):
+        make_chunk_env("PushCube-v1", n_envs, **({} if asked is None else dict(sim_backend=asked)))  # type: ignore[arg-type]
+    assert [kwargs["sim_backend"] for kwargs in made] == [simulator] * 4
+
+
+def test_one_env_in_a_worker_if_asked_for() -> None:
+    env = make_chunk_env("PushCube-v1", control_mode="pd_joint_delta_pos", workers=WorkerSettings(on_failure="restart"))
+    assert isinstance(env, WorkerVecEnv) and env.settings.on_failure == "restart"
+    env.close()
+
+
+def test_gymnasiums_envs_get_the_call_that_works() -> None:
+    with pytest.raises(ValueError, match=r"but gymnasium's; for those use .*make_vec_env") as error:
+        make_latent_env("Pendulum-v1", flow_for("PushCube-v1"))
+    flow = tiny_flow(3, 1)
+    call = re.search(r"make_vec_env\(.*\)", str(error.value).replace("n_envs=...", "n_envs=2"))
+    assert call is not None
+    env = eval(call[0], dict(globals(), flow=flow))
+    assert env.reset().shape == (2, flow.cond_dim)
+    env.step(np.zeros((2, *flow.noise_shape), np.float32))
 
 
 def test_batched_simulator_is_refused() -> None:
@@ -200,7 +239,7 @@ def test_stage_2_is_the_same_bit_for_bit(tmp_path: Path) -> None:
         return model.learn(total - model.num_timesteps, ResumeCallback(path, save_freq=60), reset_num_timesteps=fresh)
 
     def make() -> VecEnv:
-        return make_latent_env("PushCube-v1", flow_for("PushCube-v1"), 2, n_workers=2, max_episode_steps=20)
+        return make_latent_env("PushCube-v1", flow_for("PushCube-v1"), 2, workers=WorkerSettings(2), max_episode_steps=20)
 
     first, second = make(), make()
     try:

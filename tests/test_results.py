@@ -23,7 +23,7 @@ def block(name: str) -> str:
 
 def test_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
-    report = importlib.import_module("compare_report")
+    report = importlib.import_module("compare.report")
     rows = pd.read_csv(RESULTS / "compare" / "results.csv")
     assert not rows.duplicated(["method", "env_id", "seed", "deterministic"]).any()
     assert block("compare") == report.summary(rows)

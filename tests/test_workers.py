@@ -1,6 +1,7 @@
 """Worker processes and Ray actors: what they share, what happens when one fails, and that none outlives the main process."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_dsrl import ActionChunkWrapper, VecLatentSteering, collect_rollouts, evaluate, ppo_kwargs
 from sb3_dsrl.envs.ray_workers import RayWorker
 from sb3_dsrl.envs.worker_vec_env import MAX_FAILURES, WorkerVecEnv
-from sb3_dsrl.envs.workers import ProcessWorker, WorkerError
+from sb3_dsrl.envs.workers import ProcessWorker, WorkerError, WorkerSettings
 from tests.envs import Numbered, numbered, tiny_flow
 
 WORKERS = [ProcessWorker, RayWorker]
@@ -156,7 +157,7 @@ def test_worker_that_fails_at_once_is_an_error_even_with_restart(tmp_path: Path)
             raise OSError("the licence has expired")
         return ActionChunkWrapper(Numbered(), 3, 2)
 
-    env = WorkerVecEnv([make], on_failure="restart")
+    env = WorkerVecEnv([make], WorkerSettings(on_failure="restart"))
     env.reset()
     alive.unlink()
     os.kill(env.env_method("process")[0], signal.SIGKILL)
@@ -207,12 +208,109 @@ def test_learning_and_evaluation_go_on(tmp_path: Path) -> None:
     env.close()
 
 
+@pytest.mark.parametrize("hide_gpu", [True, False])
+def test_workers_see_the_gpu_only_if_their_envs_render_on_it(hide_gpu: bool) -> None:
+    """Ray's see none in the first test of this file; with a share of a GPU they would wait here for ever."""
+
+    def make() -> gym.Env:
+        return ActionChunkWrapper(Numbered(), 3)
+
+    env = WorkerVecEnv([make], hide_gpu=hide_gpu)
+    assert env.get_attr("cuda") == ["" if hide_gpu else os.environ.get("CUDA_VISIBLE_DEVICES")]
+    env.close()
+
+
+MAIN = """
+import sys
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from sb3_dsrl import FlowPolicy, LatentSteeringWrapper, SteerablePolicy, StateEncoder, WorkerSettings, evaluate, ppo_kwargs
+from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
+from sb3_dsrl.policies.networks import VelocityNet
+from sb3_dsrl.steering.vec_env import find_steering
+from tests.envs import ScriptedEnv
+
+class Env(ScriptedEnv):
+    pass
+
+class Mine(SteerablePolicy):
+    def __init__(self):
+        super().__init__((3,), 1, (4, 2), cond_dim=3, act_horizon=2)
+        self.scale = th.nn.Parameter(th.ones(1))
+
+    def encode(self, obs):
+        return th.as_tensor(obs)[:, -1]
+
+    def decode(self, cond, w, num_steps=None):
+        return (self.scale * w).clamp(-1, 1)
+
+class Net(VelocityNet):
+    def __init__(self, action_dim, pred_horizon, cond_dim):
+        super().__init__(action_dim, pred_horizon, cond_dim)
+        self.scale = th.nn.Parameter(th.ones(1))
+
+    def forward(self, x, t, d, cond):
+        return self.scale * x
+
+class Flow(FlowPolicy):
+    pass
+
+def run(flow, make_venv):
+    make = lambda: LatentSteeringWrapper(gym.wrappers.TimeLimit(Env(), 12), flow)
+    env = make_venv(make)
+    steering = find_steering(env)
+    assert type(steering.flow) is type(flow) and steering.flow.fingerprint() == flow.fingerprint()
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, n_steps=4, batch_size=4, n_epochs=1))
+    model.learn(8)
+    assert evaluate(model, env, 2).episodes == 2
+    env.close()
+
+"""
+
+GUARDED = """
+if __name__ == "__main__":
+    for flow in (Mine(), Flow(StateEncoder(3, 1), Net(2, 4, 3), act_horizon=2)):
+        run(flow, lambda make: make_vec_env(make, n_envs=2, vec_env_cls=SubprocVecEnv))
+        run(flow, lambda make: WorkerVecEnv([make] * 2, WorkerSettings(2)))
+    print("all done")
+"""
+
+
+def run_main(script: Path, text: str) -> subprocess.CompletedProcess[str]:
+    script.write_text(text)
+    root = Path(__file__).parent.parent
+    command, env = [sys.executable, str(script)], os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_policy_and_env_of_the_main_script(tmp_path: Path) -> None:
+    """Their classes exist twice in a worker. PPO asks SB3's SubprocVecEnv for the steering, and got a bare EOFError."""
+    result = run_main(tmp_path / "main.py", MAIN + GUARDED)
+    assert result.returncode == 0, result.stderr
+    assert "all done" in result.stdout
+
+
+def test_script_that_starts_workers_when_it_is_imported(tmp_path: Path) -> None:
+    """Ours say what is missing, in the worker and in the main process. (SB3's raises EOFError or ConnectionResetError.)"""
+    unguarded = "run(Mine(), lambda make: WorkerVecEnv([make] * 2, WorkerSettings(2)))"
+    result = run_main(tmp_path / "main.py", MAIN + unguarded)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.search(r"WorkerError: Worker 0 .* died \(exit code 1\) while it started; .* below `if __name__ == ", last), last
+    assert result.stderr.count("WorkerError: A script that starts worker processes must do so below") >= 1
+
+
 SCRIPT = """
 import os, signal
 import gymnasium as gym
 import numpy as np
 from sb3_dsrl import ActionChunkWrapper
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
+from sb3_dsrl.envs.workers import WorkerSettings
 from tests.envs import ScriptedEnv
 
 class Env(ScriptedEnv):
@@ -224,7 +322,7 @@ def make():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell has started us in the background
-    env = WorkerVecEnv([make] * 4, 2)
+    env = WorkerVecEnv([make] * 4, WorkerSettings(2))
     env.reset()
     print(*set(env.env_method("process")), flush=True)
     while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,18 +9,22 @@ import ray
 
 from sb3_dsrl.envs.workers import EnvFn, EnvGroup, Worker, WorkerError
 
+#: Of one GPU, for a worker that renders on it; to an actor that asks for none Ray shows none.
+GPU_SHARE = 0.02
+
 
 class RayWorker(Worker):
     """
     A worker that is a Ray actor, somewhere in the cluster; it takes one CPU. ``ray.init`` is called if nobody has.
 
     :param env_fns: make the envs of its group
+    :param hide_gpu: see :class:`EnvGroup`; otherwise it also takes ``GPU_SHARE`` of a GPU
     """
 
-    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
-        super().__init__(env_fns)
+    def __init__(self, env_fns: Sequence[EnvFn], hide_gpu: bool = True) -> None:
         _init()
-        self._actor: Any = ray.remote(num_cpus=1)(_Group).remote(list(env_fns))
+        actor_class = ray.remote(num_cpus=1, num_gpus=0 if hide_gpu else GPU_SHARE)(EnvGroup)
+        self._actor: Any = actor_class.remote(list(env_fns), hide_gpu)
         self._answer: Any = None
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -50,12 +53,6 @@ class RayWorker(Worker):
         """The CPUs of the whole cluster."""
         _init()
         return int(ray.cluster_resources().get("CPU", 1))
-
-
-class _Group(EnvGroup):
-    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        super().__init__(env_fns)
 
 
 def _init() -> None:

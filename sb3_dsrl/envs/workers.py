@@ -9,8 +9,9 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -24,6 +25,9 @@ EnvFn = Callable[[], gym.Env]
 #: Seconds that a worker has at least until its first answer: it loads libraries, a simulator, a scene.
 START_TIMEOUT = 600.0
 
+#: A worker imports the main script, to find its classes there.
+GUARD = 'A script that starts worker processes must do so below `if __name__ == "__main__":`, since each of them imports it.'
+
 
 class WorkerError(RuntimeError):
     """A worker that died or hangs, or an exception in one of its envs."""
@@ -34,9 +38,12 @@ class EnvGroup:
     What a worker holds: several envs in one process, stepped one after the other.
 
     :param env_fns: make the envs
+    :param hide_gpu: a CUDA context costs each worker hundreds of MB; only envs that render on the GPU need one
     """
 
-    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
+    def __init__(self, env_fns: Sequence[EnvFn], hide_gpu: bool = True) -> None:
+        if hide_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         th.set_num_threads(1)  # one worker a core: their threads would only fight
         self._envs = DummyVecEnv(list(env_fns))
 
@@ -53,9 +60,8 @@ class EnvGroup:
         return (*self._envs.step(actions), self._envs.reset_infos)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a method of the group's ``DummyVecEnv``, or returns an attribute of it."""
-        found = getattr(self._envs, name)
-        return found(*args, **kwargs) if callable(found) else found
+        """Calls a method of the group's ``DummyVecEnv``."""
+        return getattr(self._envs, name)(*args, **kwargs)
 
 
 class Worker(ABC):
@@ -63,10 +69,16 @@ class Worker(ABC):
     Carries calls to an :class:`EnvGroup` somewhere else; one call at a time.
 
     :param env_fns: make the envs of its group
+    :param hide_gpu: see :class:`EnvGroup`
     """
 
-    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
-        self.env_fns = env_fns
+    #: whether it has answered a call
+    answered: bool = False
+    #: workers before it in its place that failed, one right after the other
+    failures: int = 0
+
+    @abstractmethod
+    def __init__(self, env_fns: Sequence[EnvFn], hide_gpu: bool = True) -> None: ...
 
     @abstractmethod
     def submit(self, method: str, *args: Any, **kwargs: Any) -> None:
@@ -99,18 +111,22 @@ class ProcessWorker(Worker):
     """
     A worker in a process of its own.
 
-    It ignores Ctrl-C, which is the main process's to handle, sees no GPU, and ends when the main process ends in whatever
-    way, since its pipe then closes.
+    It ignores Ctrl-C, which is the main process's to handle, and ends when the main process ends in whatever way, since its
+    pipe then closes.
 
     :param env_fns: make the envs of its group
+    :param hide_gpu: see :class:`EnvGroup`
+    :raises WorkerError: if the main script starts workers when it is merely imported
     """
 
-    def __init__(self, env_fns: Sequence[EnvFn]) -> None:
-        super().__init__(env_fns)
+    def __init__(self, env_fns: Sequence[EnvFn], hide_gpu: bool = True) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that imports the main script
+            raise WorkerError(GUARD)
         # forked from a server that holds no threads, locks or CUDA context of the main process
         context = multiprocessing.get_context("forkserver")
         self._pipe, remote = context.Pipe()
-        self._process = context.Process(target=_serve, args=(remote, CloudpickleWrapper(list(env_fns))), daemon=True)
+        args = (remote, CloudpickleWrapper(list(env_fns)), hide_gpu)
+        self._process = context.Process(target=_serve, args=args, daemon=True)
         with _one_thread_each():
             self._process.start()
         remote.close()
@@ -142,7 +158,8 @@ class ProcessWorker(Worker):
             self._process.join(timeout=5)
             code = self._process.exitcode
             how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-            raise WorkerError(f"process {self._process.pid} died ({how})")
+            hint = "" if self.answered or code != 1 else f" while it started; its own words stand above. {GUARD}"
+            raise WorkerError(f"process {self._process.pid} died ({how}){hint}")
         if not ok:
             trace, exception = value
             raise WorkerError(f"an exception in process {self._process.pid}:\n{trace}") from exception
@@ -173,6 +190,34 @@ class ProcessWorker(Worker):
         return len(os.sched_getaffinity(0))
 
 
+@dataclass(frozen=True)
+class WorkerSettings:
+    """
+    How envs on the CPU are spread over workers, and what happens to workers that fail.
+
+    :param n_workers: None is :meth:`Worker.available`, and never more than there are envs
+    :param on_failure: what a worker that dies or hangs, or an exception in an env means: "raise" or "restart", see
+        :class:`~sb3_dsrl.envs.worker_vec_env.WorkerVecEnv`
+    :param worker: :class:`ProcessWorker` or :class:`~sb3_dsrl.envs.ray_workers.RayWorker`
+    :param timeout: seconds after which a worker that gives no answer counts as hanging; a worker that starts has at least
+        ``START_TIMEOUT``. None waits for ever.
+    :raises ValueError: if an argument is out of range
+    """
+
+    n_workers: int | None = None
+    on_failure: Literal["raise", "restart"] = "raise"
+    worker: type[Worker] = ProcessWorker
+    timeout: float | None = 600.0
+
+    def __post_init__(self) -> None:
+        if self.n_workers is not None and self.n_workers < 1:
+            raise ValueError(f"n_workers must be at least 1, found {self.n_workers}")
+        if self.on_failure not in ("raise", "restart"):
+            raise ValueError(f"on_failure must be 'raise' or 'restart', found {self.on_failure!r}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout is in seconds and must be positive, found {self.timeout}")
+
+
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """
@@ -192,9 +237,8 @@ def _one_thread_each() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(pipe: Connection, env_fns: CloudpickleWrapper) -> None:
+def _serve(pipe: Connection, env_fns: CloudpickleWrapper, hide_gpu: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CUDA context costs each worker hundreds of MB
     group: EnvGroup | None = None
     while True:
         try:
@@ -203,7 +247,7 @@ def _serve(pipe: Connection, env_fns: CloudpickleWrapper) -> None:
             break
         try:
             if group is None:
-                group = EnvGroup(env_fns.var)
+                group = EnvGroup(env_fns.var, hide_gpu)
             answer = (call, True, getattr(group, method)(*args, **kwargs))
         except BaseException as exception:
             # an exception of some other class might not survive the way

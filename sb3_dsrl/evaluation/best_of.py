@@ -7,8 +7,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_dsrl.evaluation.vec_normalize import require_raw_features
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
 from sb3_dsrl.steering.scores import score_noises
 from sb3_dsrl.steering.vec_env import find_steering
@@ -16,8 +17,8 @@ from sb3_dsrl.steering.vec_env import find_steering
 
 class BestOfM:
     """
-    A actor for :func:`~sb3_dsrl.evaluate`: draws M noises from the prior at every macro-step and plays the one
-    whose decoded chunk the critic scores highest.
+    An actor for :func:`~sb3_dsrl.evaluate`: it draws M noises from the prior at every macro-step and plays the one whose
+    decoded chunk the critic scores highest.
 
     :param env: the steered env that it will play, gym or vectorised
     :param critic: ensemble chunk critic; None is the flow's own
@@ -31,8 +32,7 @@ class BestOfM:
     ) -> None:
         if n_candidates < 1:
             raise ValueError(f"n_candidates must be at least 1, found {n_candidates}")
-        if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
-            raise ValueError("The critic needs the flow's own features: pass the env below VecNormalize")
+        require_raw_features(env, "The critic")
         self.steering = find_steering(env)
         critic = self.steering.flow.critic if critic is None else critic
         if critic is None or not critic.updates:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tqdm import tqdm
 
 from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
+from sb3_dsrl.evaluation.vec_normalize import statistics_kept
 from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.steering.contract import PLAYING, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 
 
@@ -24,7 +28,8 @@ class Predictor(Protocol):
         """Maps observations (N, C) to actions (N, T, A)."""
 
 
-#: A model, a policy, a frozen flow (its prior), the name of a control ("prior", "zero") or one fixed noise (T, A).
+#: Whatever chooses the noise: a model or a policy; a frozen flow, which stands for its prior; the name of a control, "prior"
+#: or "zero"; or one fixed noise, (T, A).
 Actor = Predictor | SteerablePolicy | str | np.ndarray
 
 
@@ -39,6 +44,14 @@ class MacroStep:
     infos: list[dict[str, Any]]
     next_obs: np.ndarray
     counts: np.ndarray
+
+
+def as_vec_env(env: gym.Env | VecEnv) -> VecEnv:
+    """
+    :param env: gym or vectorised
+    :return: a VecEnv, of one env if it was a gym env
+    """
+    return env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
 
 
 def quota_per_env(episodes: int, n_envs: int) -> np.ndarray:
@@ -67,6 +80,9 @@ def play(
     simulator and other gym envs go on with one random generator, so there it holds as long as all episodes are equally long
     (and, in a gym env, draw equally many random numbers).
 
+    The env may be one that a model trains in: no VecNormalize updates its statistics meanwhile, and a model that plays in its
+    own training env begins new episodes when it learns on.
+
     :param actor: see :data:`Actor`
     :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
@@ -79,14 +95,15 @@ def play(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, found {episodes}")
-    venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
+    venv = as_vec_env(env)
     noise_seed = seed if noise_seed is None else noise_seed
     act = _actor(actor, venv, noise_seed, deterministic)
     quota = quota_per_env(episodes, venv.num_envs)
-    venv.seed(seed)
-    obs = np.asarray(venv.reset())
     gpus = range(th.cuda.device_count() if th.cuda.is_initialized() else 0)  # manual_seed seeds them, too
-    with tqdm(total=episodes, desc=name, disable=not progress_bar) as bar, th.random.fork_rng(gpus):
+    bar = tqdm(total=episodes, desc=name, disable=not progress_bar)
+    with bar, th.random.fork_rng(gpus), statistics_kept(venv), _own_env_left_behind(actor, venv):
+        venv.seed(seed)
+        obs = np.asarray(venv.reset())
         th.manual_seed(noise_seed)
         while quota.any():
             w = act(obs)
@@ -129,21 +146,46 @@ def evaluate(
     """
     if name is None:
         name = actor if isinstance(actor, str) else "prior" if isinstance(actor, SteerablePolicy) else "model"
-    infos = [
-        info
-        for step in play(actor, env, episodes, seed, deterministic, progress_bar, f"evaluate {name}", noise_seed)
-        for info in _final_infos(step)
-    ]
-    for key in ("episode_return", "success_once"):
-        if key not in infos[0]:
+    final_infos: list[dict[str, Any]] = []
+    for step in play(actor, env, episodes, seed, deterministic, progress_bar, f"evaluate {name}", noise_seed):
+        require_success(step.infos, "evaluate")
+        final_infos += [step.infos[i] for i in np.flatnonzero(step.counts & step.dones)]
+    return EvalResult.of(name, *(np.array([info[key] for info in final_infos]) for key in OUTCOME))
+
+
+def require_success(infos: list[dict[str, Any]], who: str) -> None:
+    """
+    :param infos: of one macro-step of all envs
+    :param who: needs to know success, the subject of the message
+    :raises ValueError: if an env does not report it
+    """
+    for info in infos:
+        if "worker_failed" in info:
+            continue
+        if "chunk_length" not in info:
+            raise ValueError(f"{who} needs a steered env, but the env's info holds no 'chunk_length': use make_latent_env")
+        if "is_success" not in info:
             raise ValueError(
-                f"The env's info holds no {key!r} at the end of an episode; expected an ActionChunkWrapper that sees success"
+                f"{who} needs to know success, but the env's info holds no 'is_success': expected an "
+                f"env that reports 'success' or 'is_success' at every step"
             )
-    return EvalResult.of(name, *(np.array([info[key] for info in infos]) for key in OUTCOME))
 
 
-def _final_infos(step: MacroStep) -> list[dict[str, Any]]:
-    return [step.infos[i] for i in np.flatnonzero(step.counts & step.dones)]
+@contextmanager
+def _own_env_left_behind(actor: Actor, venv: VecEnv) -> Iterator[None]:
+    """A model that has played in the env it trains in must not learn on from the observation that it had before."""
+    try:
+        yield
+    finally:
+        if isinstance(actor, BaseAlgorithm):
+            own = actor.get_env()
+            if own is not None and not _innermost(own).isdisjoint(_innermost(venv)):
+                actor._last_obs = None  # learn() then resets the env
+
+
+def _innermost(venv: VecEnv) -> set[int]:
+    base = venv.unwrapped
+    return {id(env.unwrapped) for env in base.envs} if isinstance(base, DummyVecEnv) else {id(base)}
 
 
 def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:
@@ -162,7 +204,7 @@ def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callab
         fixed = np.broadcast_to(actor.astype(np.float32), shape).clip(space.low, space.high)
         return lambda obs: fixed
     own = getattr(actor, "action_space", None)
-    if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace) and own.flow_hash != space.flow_hash:
-        raise ValueError(f"The actor steers flow {own.flow_hash}, but the env steers flow {space.flow_hash}")
+    if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace):
+        check_agreement("model", own.contract, "env", space.contract, PLAYING)
     predictor = actor
     return lambda obs: predictor.predict(obs, deterministic=deterministic)[0]

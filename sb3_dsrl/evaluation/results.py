@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 #: What the info at the end of an episode tells of it
 OUTCOME = ("success_once", "success_at_end", "episode_return", "episode_length")
@@ -78,6 +77,8 @@ def results_table(results: Sequence[EvalResult]) -> str:
     :param results: rows
     :return: a table for the terminal
     """
+    import pandas as pd  # half a second of every import otherwise, in every worker, too
+
     frame = pd.DataFrame([result.as_row() for result in results])
     frame["95% interval"] = [f"{r.ci_low:.2f} - {r.ci_high:.2f}" for r in results]
     columns = ["name", "episodes", "success_once", "success_at_end", "95% interval", "return"]

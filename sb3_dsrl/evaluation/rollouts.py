@@ -8,11 +8,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl.evaluation.play import Actor, play
 from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
+from sb3_dsrl.evaluation.vec_normalize import require_raw_features
 from sb3_dsrl.stage0.features import FeatureTransitions
+from sb3_dsrl.steering.contract import Contract
 from sb3_dsrl.steering.vec_env import find_steering
 
 
@@ -30,8 +32,7 @@ class Rollouts:
     :param episode: index of the episode, (n,)
     :param success_at_end: of each episode, (episodes,)
     :param env_steps: env steps that the simulator executed
-    :param flow_hash: fingerprint of the flow that was steered
-    :param gamma: discount per env step of rewards and discounts
+    :param contract: of the env that was steered
     :param success_once: of each episode, (episodes,); None if the env does not report success
     :param returns: undiscounted, of each episode, (episodes,)
     :param lengths: of each episode in env steps, (episodes,)
@@ -46,8 +47,7 @@ class Rollouts:
     episode: np.ndarray
     success_at_end: np.ndarray
     env_steps: int
-    flow_hash: str
-    gamma: float
+    contract: Contract
     success_once: np.ndarray | None = None
     returns: np.ndarray | None = None
     lengths: np.ndarray | None = None
@@ -85,11 +85,11 @@ def collect_rollouts(
     :param seed: of the envs and of the noise
     :param deterministic: passed on to ``predict``
     :param progress_bar: show a progress bar
+    :raises ValueError: if the env is not steered, or normalises features or rewards
     """
-    if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
-        raise ValueError("collect_rollouts needs the flow's own features and rewards: pass the env below VecNormalize")
+    require_raw_features(env, "collect_rollouts", rewards=True)
     steering = find_steering(env)
-    gamma = steering.gamma
+    gamma = steering.contract.gamma
     open_episodes: dict[int, list[tuple[Any, ...]]] = {}
     finished: list[list[tuple[Any, ...]]] = []
     final_infos: list[dict[str, Any]] = []
@@ -123,8 +123,7 @@ def collect_rollouts(
         index,
         np.array([bool(info.get("success_at_end", False)) for info in final_infos]),
         env_steps,
-        steering.action_space.flow_hash,
-        gamma,
+        steering.contract,
         *(
             np.array([info[key] for info in final_infos]) if key in final_infos[0] else None
             for key in OUTCOME

@@ -11,13 +11,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import pandas as pd
 import torch as th
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_dsrl.evaluation.best_of import BestOfM
-from sb3_dsrl.evaluation.play import Actor, evaluate, quota_per_env
+from sb3_dsrl.evaluation.play import Actor, as_vec_env, evaluate, quota_per_env, require_success
 from sb3_dsrl.evaluation.results import EvalResult
 from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
 from sb3_dsrl.evaluation.steerability_report import ActionSpread, SteerabilityReport
@@ -32,6 +31,8 @@ from sb3_dsrl.steering.vec_env import find_steering
 
 #: Base and controls play starts of their own: not those of the search for a ticket, of a gate or of a script's evaluation.
 TEST_SEED = 2_000_000
+#: Macro-steps that the critic scores at once.
+BLOCK = 4_096
 
 
 def steerability(
@@ -52,8 +53,8 @@ def steerability(
 
     A quarter of the episodes is the flow itself. An eighth each goes to w = 0, to the best fixed noise, once it is chosen,
     and to the best of M by the critic (or, without a critic, to other noises of the prior), all from the same starts as the
-    first half of the base episodes. The rest searches the fixed noise, on other starts: with the defaults 16 noises play 7
-    episodes and the best 3 of them 12 more.
+    first half of the base episodes. The rest searches the fixed noise, on other starts: with the defaults 16 noises play the
+    same 7 episodes and the best 3 of them 12 more.
 
     :param flow: the flow that the env steers
     :param env: steered env, gym or vectorised; let it ignore terminations, so that ``success_at_end`` is judged at the time
@@ -69,9 +70,9 @@ def steerability(
     :raises ValueError: if the env steers another flow or reports no success, the demos do not fit, or the episodes are too few
     """
     steering = find_steering(env)
-    if steering.action_space.flow_hash != flow.fingerprint():
+    if steering.contract.flow_hash != flow.fingerprint():
         raise ValueError(
-            f"The env steers the flow {steering.action_space.flow_hash}, but flow is {flow.fingerprint()}: expected the same"
+            f"The env steers the flow {steering.contract.flow_hash}, but flow is {flow.fingerprint()}: expected the same"
         )
     if isinstance(demos, (str, Path)):
         demos = load_demos(demos)
@@ -80,7 +81,7 @@ def steerability(
         if len(demos.episodes) < 2:
             raise ValueError(f"{demos.path} holds one episode, expected at least 2 to compare with each other")
     n_base, n_control, rounds = _split(episodes, n_tickets)
-    recorder = _OutcomeRecorder(env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env]))
+    recorder = _OutcomeRecorder(as_vec_env(env))
     if critic is None and flow.critic is not None and flow.critic.updates:
         critic = flow.critic
     best_of = None if critic is None else BestOfM(recorder, critic, n_candidates, kappa)
@@ -93,8 +94,7 @@ def steerability(
         return result
 
     rollouts = collect_rollouts(flow, recorder, n_base, seed=tests_seed, progress_bar=progress_bar)
-    if rollouts.result is None:
-        raise ValueError("The env's info holds no 'success_at_end' at the end of an episode: steerability is about success")
+    assert rollouts.result is not None  # the recorder has seen success
     passes.append(recorder.outcomes)
     zero = test("zero", "zero")
     search = find_ticket(recorder, rounds=rounds, include_zero=False, seed=seed, progress_bar=progress_bar)
@@ -120,26 +120,10 @@ def steerability(
     )
 
 
-def rank_auc(score: np.ndarray, success: np.ndarray) -> float | None:
-    """
-    Area under the ROC curve: the probability that a success has a higher score than a failure; a tie counts half.
-
-    :param score: (n,)
-    :param success: (n,)
-    :return: None if all are successes or all are failures
-    """
-    n_success = int(success.sum())
-    n_failures = len(success) - n_success
-    if not n_success or not n_failures:
-        return None
-    ranks = pd.Series(score).rank().to_numpy()[success.astype(bool)].sum()
-    return float((ranks - n_success * (n_success + 1) / 2) / (n_success * n_failures))
-
-
 class _OutcomeRecorder(VecEnvWrapper):
     """
-    Counts every env step that anything takes, and keeps the outcomes of the episodes since the last reset, by env and in
-    order: the same seed starts the same episodes, so outcomes of two actors can be compared start by start.
+    Counts the env steps of everything that is played, and keeps how the episodes since the last reset ended: a list for each
+    env, in order. The same seed starts the same episodes, so that two actors can be compared start by start.
 
     :param venv: steered envs
     """
@@ -155,6 +139,7 @@ class _OutcomeRecorder(VecEnvWrapper):
 
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos = self.venv.step_wait()
+        require_success(infos, "steerability")
         for outcomes, info in zip(self.outcomes, infos, strict=True):
             self.env_steps += info["chunk_length"]
             if "success_at_end" in info:
@@ -187,10 +172,23 @@ def _split(episodes: int, n_tickets: int) -> tuple[int, int, tuple[tuple[int, in
 @th.no_grad()
 def _critic_auc(critic: EnsembleChunkCritic, rollouts: Rollouts, kappa: float) -> tuple[float | None, float | None]:
     device = next(critic.parameters()).device
-    score = critic.get_ucb_q(rollouts.cond.to(device), rollouts.chunk.to(device), kappa).cpu().numpy()
+    blocks = zip(rollouts.cond.split(BLOCK), rollouts.chunk.split(BLOCK), strict=True)
+    scores = [critic.get_ucb_q(cond.to(device), chunk.to(device), kappa).cpu() for cond, chunk in blocks]
+    score = th.cat(scores).numpy()
     first = np.flatnonzero(np.diff(rollouts.episode, prepend=-1))
     mean = np.bincount(rollouts.episode, weights=score) / np.bincount(rollouts.episode)
-    return rank_auc(score[first], rollouts.success_at_end), rank_auc(mean, rollouts.success_at_end)
+    return _auc(score[first], rollouts.success_at_end), _auc(mean, rollouts.success_at_end)
+
+
+def _auc(score: np.ndarray, success: np.ndarray) -> float | None:
+    """Area under the ROC curve; None if all episodes ended alike."""
+    from scipy.stats import mannwhitneyu  # a second of every import otherwise
+
+    of_successes, of_failures = score[success], score[~success]
+    if not len(of_successes) or not len(of_failures):
+        return None
+    statistic = mannwhitneyu(of_successes, of_failures, method="asymptotic").statistic
+    return float(statistic / (len(of_successes) * len(of_failures)))
 
 
 @th.no_grad()
@@ -206,7 +204,7 @@ def _action_spread(
     flow, generator = steering.flow, th.Generator().manual_seed(seed)
     states = rollouts.cond[th.randperm(len(rollouts), generator=generator)[:n_states]].to(flow.device)
     w = steering.choices(len(states), n_noises, generator=generator)
-    chunks = flow.executed(flow.decode(states, w.to(flow.device), steering.num_steps)).cpu()
+    chunks = flow.executed(flow.decode(states, w.to(flow.device), steering.contract.num_steps)).cpu()
     noise = chunks.var(dim=1).mean(dim=0).sqrt().numpy()
     if demos is None:
         return ActionSpread(noise, rollouts.chunk.std(dim=0, unbiased=False).numpy(), "base episodes", None)

@@ -97,15 +97,20 @@ class SteerabilityReport:
 
     @property
     def luck_std(self) -> float:
-        """Standard deviation that the success of the search's noises would have by luck, if all were equally good."""
-        mean = self.search.tried.mean()
-        return float(np.sqrt(mean * (1 - mean) / self.search_episodes))
+        """
+        Standard deviation that the success of the search's noises would have by luck, if all were equally good. All played the
+        same starts: what a start does to all of them alike is no luck of one (residuals of noise and start).
+        """
+        outcomes = self.search.first_round
+        n_noises, n_starts = outcomes.shape
+        of_noises, of_starts = outcomes.mean(axis=1, keepdims=True), outcomes.mean(axis=0, keepdims=True)
+        residuals = outcomes - of_noises - of_starts + outcomes.mean()
+        return float(np.sqrt((residuals**2).sum() / ((n_noises - 1) * (n_starts - 1)) / n_starts))
 
     @property
     def ticket_std(self) -> float:
-        """Standard deviation of the success of fixed noises beyond luck (moments of the beta-binomial)."""
-        excess = self.search.tried.var(ddof=1) - self.luck_std**2
-        return float(np.sqrt(max(0.0, excess) * self.search_episodes / (self.search_episodes - 1)))
+        """Standard deviation of the success of fixed noises beyond luck, on the starts of the search, which are few."""
+        return float(np.sqrt(max(0.0, self.search.tried.var(ddof=1) - self.luck_std**2)))
 
     @property
     def reach(self) -> float:
@@ -148,7 +153,7 @@ class SteerabilityReport:
         """Everything but the table of results, as text."""
         tried, spread = self.search.tried, self.spread
         lines = [
-            f"Golden tickets: {len(tried)} noises with {self.search_episodes} episodes each reached {tried.min():.2f} to "
+            f"Golden tickets: {len(tried)} noises with the same {self.search_episodes} starts reached {tried.min():.2f} to "
             f"{tried.max():.2f}, std {tried.std(ddof=1):.2f}; luck alone gives {self.luck_std:.2f}, beyond it "
             f"{self.ticket_std:.2f}. The best reached {self.search.success_at_end:.2f} where it was chosen and "
             f"{self.ticket.success_at_end:.2f} on fresh episodes.",

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from sb3_dsrl.evaluation.play import play
+from sb3_dsrl.evaluation.play import as_vec_env, play, require_success
+from sb3_dsrl.steering.noise_space import NoiseSpace
+from sb3_dsrl.steering.vec_env import find_steering
 
 
 @dataclass
@@ -23,7 +25,8 @@ class Ticket:
     :param mean_return: of the same episodes
     :param episodes: episodes of this noise
     :param env_steps: env steps of the whole search
-    :param tried: mean success_at_end of every noise of the first round, (n,), best first
+    :param first_round: success_at_end of every episode of the first round, (noises, episodes), best noise first; a column is
+        one start
     """
 
     w: np.ndarray
@@ -31,7 +34,12 @@ class Ticket:
     mean_return: float
     episodes: int
     env_steps: int
-    tried: np.ndarray
+    first_round: np.ndarray
+
+    @property
+    def tried(self) -> np.ndarray:
+        """Mean success_at_end of every noise of the first round, (noises,), best first."""
+        return self.first_round.mean(axis=1)
 
 
 def find_ticket(
@@ -47,6 +55,10 @@ def find_ticket(
     play a few episodes, the best of them more. Success counts, the mean return decides between equals. (One round of
     8 episodes chooses by luck.)
 
+    All noises of a round play the same starts, as far as :func:`~sb3_dsrl.evaluation.play.play` says, so none of them wins by
+    easier ones; the next round plays others. Each noise plays in all envs at once: episodes that are a multiple of the
+    number of envs leave none of them idle.
+
     :param env: steered env, gym or vectorised
     :param rounds: (noises, episodes of each) of every round, no more noises from one to the next
     :param include_zero: the first noise is w = 0, the prior's mode, instead of a drawn one
@@ -57,38 +69,52 @@ def find_ticket(
     counts = [n for n, _ in rounds]
     if not counts or min(counts) < 1 or counts != sorted(counts, reverse=True) or min(e for _, e in rounds) < 1:
         raise ValueError(f"rounds must be (noises, episodes) with no more noises from one to the next, found {rounds}")
-    venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
-    space = venv.action_space
-    shape: tuple[int, ...] = space.shape  # type: ignore[assignment]
-    noises = np.random.default_rng(seed).standard_normal((counts[0], *shape)).astype(np.float32)
-    noises = noises.clip(space.low, space.high)  # type: ignore[attr-defined]
-    if include_zero:
-        noises[0] = 0.0
-    success: list[list[float]] = [[] for _ in noises]
-    returns: list[list[float]] = [[] for _ in noises]
-    env_steps, first_seed, first_round = 0, seed, np.zeros(len(noises))
+    venv = as_vec_env(env)
+    noises = _draw(find_steering(venv).action_space, counts[0], include_zero, seed)
+    tally = _Tally(len(noises))
     order = np.arange(len(noises))
+    first_round = np.zeros((0, 0))
     with tqdm(total=sum(n * episodes for n, episodes in rounds), desc="golden ticket", disable=not progress_bar) as bar:
         for number, (n, episodes) in enumerate(rounds):
-            queue = np.repeat(order[:n], episodes)
-            for start in range(0, len(queue), venv.num_envs):
-                # one episode in each env, each with its own noise
-                actors = queue[start : start + venv.num_envs]
-                padded = np.resize(actors, venv.num_envs)
-                for step in play(noises[padded], venv, len(actors), seed=first_seed + start):
-                    env_steps += sum(info["chunk_length"] for info in step.infos)
-                    for i in np.flatnonzero(step.counts & step.dones):
-                        if "success_at_end" not in step.infos[i]:
-                            raise ValueError("The env's info holds no 'success_at_end' at the end of an episode")
-                        success[padded[i]].append(float(step.infos[i]["success_at_end"]))
-                        returns[padded[i]].append(step.infos[i]["episode_return"])
-                bar.update(len(actors))
-            scores = [(np.mean(s), np.mean(r)) for s, r in zip(success, returns, strict=True)]
-            order = np.array(sorted(order[:n], key=lambda j: scores[j], reverse=True))
-            first_seed += max(1_000, len(queue))  # every round plays other episodes
+            starts = seed + number * max(1_000, venv.num_envs)  # every round plays others
+            for j in order[:n]:
+                tally.play(j, noises[j], venv, episodes, starts)
+                bar.update(episodes)
+            order = np.array(sorted(order[:n], key=tally.score, reverse=True))
             if number == 0:
-                first_round = np.sort([score[0] for score in scores])[::-1]
+                first_round = np.array([tally.success[j] for j in order])
     best = order[0]
-    return Ticket(
-        noises[best], float(np.mean(success[best])), float(np.mean(returns[best])), len(success[best]), env_steps, first_round
-    )
+    return Ticket(noises[best], *tally.score(best), len(tally.success[best]), tally.env_steps, first_round)
+
+
+def _draw(space: NoiseSpace, n: int, include_zero: bool, seed: int) -> np.ndarray:
+    noises = np.random.default_rng(seed).standard_normal((n, *space.shape)).astype(np.float32).clip(space.low, space.high)
+    if include_zero:
+        noises[0] = 0.0
+    return noises
+
+
+class _Tally:
+    """Success and return of every episode of every noise, and the env steps that they took."""
+
+    def __init__(self, n_noises: int) -> None:
+        self.success: list[list[float]] = [[] for _ in range(n_noises)]
+        self.returns: list[list[float]] = [[] for _ in range(n_noises)]
+        self.env_steps = 0
+
+    def play(self, j: int, w: np.ndarray, venv: VecEnv, episodes: int, seed: int) -> None:
+        """Plays noise j; its outcomes are in the order of the envs, so that a place stands for the same start in every one."""
+        of_envs: list[list[tuple[float, float]]] = [[] for _ in range(venv.num_envs)]
+        for step in play(w, venv, episodes, seed):
+            require_success(step.infos, "find_ticket")
+            self.env_steps += sum(info["chunk_length"] for info in step.infos)  # those of idle envs, too
+            for i in np.flatnonzero(step.counts & step.dones):
+                info = step.infos[i]
+                of_envs[i].append((float(info["success_at_end"]), float(info["episode_return"])))
+        success, returns = zip(*(outcome for outcomes in of_envs for outcome in outcomes), strict=True)
+        self.success[j] += success
+        self.returns[j] += returns
+
+    def score(self, j: int) -> tuple[float, float]:
+        """Mean success_at_end and mean return of noise j so far."""
+        return float(np.mean(self.success[j])), float(np.mean(self.returns[j]))

@@ -221,7 +221,7 @@ def chunk_transitions(
     obs_horizon: int,
     act_horizon: int,
     gamma: float,
-    ignore_terminations: bool = False,
+    ignore_terminations: bool,
     reward_scale: float = 1.0,
 ) -> ChunkTransitions:
     """

@@ -11,6 +11,7 @@ import torch as th
 
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.stage0.demos import Demos, chunk_transitions, frame_history
+from sb3_dsrl.steering.contract import ignores_terminations
 
 
 @dataclass
@@ -63,14 +64,17 @@ def encode_demos(flow: SteerablePolicy, demos: Demos) -> Demos:
     return replace(demos, episodes=episodes)
 
 
-def demo_transitions(flow: SteerablePolicy, demos: Demos, ignore_terminations: bool = False) -> FeatureTransitions:
+def demo_transitions(flow: SteerablePolicy, demos: Demos, ignore_terminations: bool | None = None) -> FeatureTransitions:
     """
     Chunk transitions of demos in the flow's features, with its horizons, gamma and reward scale.
 
     :param flow: the policy
     :param demos: the demos
-    :param ignore_terminations: as in ManiSkill; the same as in stage 2
+    :param ignore_terminations: as in ManiSkill; the same as in stage 2. None is
+        :func:`~sb3_dsrl.steering.contract.ignores_terminations` of the demos' reward mode
     """
+    if ignore_terminations is None:
+        ignore_terminations = ignores_terminations(demos.reward_mode)
     raw = chunk_transitions(encode_demos(flow, demos), 1, flow.act_horizon, flow.gamma, ignore_terminations, flow.reward_scale)
     columns = (raw.obs[:, 0], raw.chunk, raw.reward, raw.discount, raw.next_obs[:, 0])
     return FeatureTransitions(*map(th.from_numpy, columns)).to(flow.device)

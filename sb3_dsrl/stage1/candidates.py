@@ -1,19 +1,28 @@
-"""Candidates of stage 1: noises from the prior, decoded by the frozen flow, scored by the critic and weighted.
+"""Candidates of stage 1: noises that RL could choose, decoded by the frozen flow, scored by the critic and weighted.
 
-Letters in shapes: ``B`` batch, ``M`` candidates, ``T`` = pred_horizon, ``A`` action dim, ``C`` features.
+Letters in shapes: ``n`` states, ``B`` batch, ``M`` candidates, ``T`` = pred_horizon, ``H`` = act_horizon, ``A`` action dim,
+``C`` features.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch as th
 from tqdm import tqdm
 
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
+from sb3_dsrl.stage1.aw_mle import Batch
+from sb3_dsrl.stage1.settings import CandidateSettings
 from sb3_dsrl.steering.scores import score_noises
 from sb3_dsrl.steering.steering import Steering
+
+#: Noises that are decoded and scored at once, which bounds the memory that activations take.
+MAX_NOISES = 4_096
+#: Noises that the states' pools are made of.
+BANK_SIZE = 65_536
 
 
 def soft_baseline(q: th.Tensor, tau: float) -> th.Tensor:
@@ -56,75 +65,138 @@ def effective_number(weights: th.Tensor) -> th.Tensor:
     return (1.0 / weights.pow(2).sum(dim=1)).mean()
 
 
-@dataclass
-class FreshCandidates:
-    """Batches of fresh candidates from the prior."""
+class Candidates(Protocol):
+    """States with noises to choose from, and the scores of these."""
+
+    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param batch_size: B
+        :return: features (B, C), the steered part of the noises (B, M, T, A), (B, M, H, A) or (B, M, 1, A), and scores (B, M);
+            on the CPU
+        """
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """
+    Scores noises by the chunks that they become, in blocks that bound the memory of a decode.
+
+    :param steering: the flow that decodes them
+    :param critic: ensemble chunk critic
+    :param kappa: the score is mean - kappa * std over the ensemble
+    """
 
     steering: Steering
     critic: EnsembleChunkCritic
+    kappa: float
+
+    @th.no_grad()
+    def __call__(self, cond: th.Tensor, w: th.Tensor) -> th.Tensor:
+        """
+        :param cond: (B, C)
+        :param w: noises, (B, M, T, A)
+        :return: (B, M), on the CPU
+        """
+        n_noises = min(w.shape[1], MAX_NOISES)
+        n_states = MAX_NOISES // n_noises
+        device = self.steering.flow.device
+        rows = []
+        for of_states, noises in zip(cond.split(n_states), w.split(n_states), strict=True):
+            of_states = of_states.to(device)
+            parts = [part.to(device) for part in noises.split(n_noises, dim=1)]
+            q = [score_noises(self.steering, self.critic, of_states, part, self.kappa) for part in parts]
+            rows.append(th.cat(q, dim=1).cpu())
+        return th.cat(rows)
+
+
+@dataclass
+class FreshCandidates:
+    """Batches of fresh candidates."""
+
+    score: Scorer
     cond: th.Tensor
     n_candidates: int
-    kappa: float
 
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         cond = self.cond[th.randint(len(self.cond), (batch_size,))]
-        w = self.steering.prior(batch_size, self.n_candidates, device=cond.device)
-        return cond, w, score_noises(self.steering, self.critic, cond, w, self.kappa)
+        steering = self.score.steering
+        w = steering.choices(batch_size, self.n_candidates)
+        return cond, w[:, :, steering.rows], self.score(cond, w)
 
 
 @dataclass
 class PooledCandidates:
-    """Batches of candidates from a pool: of each state, ``pool_size`` noises of the prior, decoded and scored once."""
+    """
+    Batches of candidates from a pool: of each state, ``pool_size`` noises, decoded and scored once.
+
+    All states share a bank of noises. So a state costs 8 bytes a noise, whatever the size of a noise is.
+
+    :param cond: features, (n, C)
+    :param bank: the steered part of noises, (noises, T, A), (noises, H, A) or (noises, 1, A)
+    :param index: which of them belong to a state, (n, pool_size)
+    :param q: their scores, (n, pool_size)
+    :param n_candidates: M
+    """
 
     cond: th.Tensor
-    pool: th.Tensor
+    bank: th.Tensor
+    index: th.Tensor
     q: th.Tensor
     n_candidates: int
 
     @classmethod
-    @th.no_grad()
     def build(
-        cls,
-        steering: Steering,
-        critic: EnsembleChunkCritic,
-        cond: th.Tensor,
-        pool_size: int,
-        n_candidates: int,
-        kappa: float,
-        progress_bar: bool,
-        states_at_once: int = 64,
+        cls, score: Scorer, cond: th.Tensor, pool_size: int, n_candidates: int, progress_bar: bool = False
     ) -> PooledCandidates:
-        pool = steering.prior(len(cond), pool_size, device=cond.device)
-        starts = range(0, len(cond), states_at_once)
-        q = [
-            score_noises(steering, critic, cond[i : i + states_at_once], pool[i : i + states_at_once], kappa)
-            for i in tqdm(starts, desc="stage 1: candidates", disable=not progress_bar)
-        ]
-        return cls(cond, pool, th.cat(q), n_candidates)
+        """
+        :param score: scores them
+        :param cond: features, (n, C)
+        :param pool_size: noises of a state
+        :param n_candidates: M
+        :param progress_bar: show a progress bar
+        """
+        steering, n = score.steering, len(cond)
+        bank = steering.choices(1, min(BANK_SIZE, n * pool_size))[0, :, steering.rows].clone()
+        if len(bank) == n * pool_size:
+            index = th.arange(len(bank), dtype=th.int32).view(n, pool_size)
+        else:
+            index = th.randint(len(bank), (n, pool_size), dtype=th.int32)
+        states_at_once = max(1, MAX_NOISES // pool_size)
+        q = []
+        for i in tqdm(range(0, n, states_at_once), desc="stage 1: candidates", disable=not progress_bar):
+            block = slice(i, i + states_at_once)
+            q.append(score(cond[block], _completed(steering, bank[index[block].long()])))
+        return cls(cond, bank, index, th.cat(q), n_candidates)
 
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        index = th.randint(len(self.cond), (batch_size, 1))
-        chosen = th.rand(batch_size, self.pool.shape[1]).topk(self.n_candidates, dim=1).indices
-        return self.cond[index[:, 0]], self.pool[index, chosen], self.q[index, chosen]
+        state = th.randint(len(self.cond), (batch_size, 1))
+        chosen = th.rand(batch_size, self.index.shape[1]).topk(self.n_candidates, dim=1).indices
+        return self.cond[state[:, 0]], self.bank[self.index[state, chosen].long()], self.q[state, chosen]
+
+
+def _completed(steering: Steering, steered: th.Tensor) -> th.Tensor:
+    """All T entries of noises, as :meth:`Steering.choices` has them: alike within a state in what is not steered."""
+    noise = steering.choices(len(steered), 1).repeat(1, steered.shape[1], 1, 1)
+    if steering.contract.steer_mode == "shared":
+        return steered.expand_as(noise)
+    noise[:, :, steering.rows] = steered
+    return noise
 
 
 @dataclass
 class WeightedCandidates:
     """Batches of candidates with the weights of AW-MLE."""
 
-    candidates: FreshCandidates | PooledCandidates
-    rows: slice
-    tau: float
-    beta: float
-    normalize: bool
+    candidates: Candidates
+    settings: CandidateSettings
 
-    @th.no_grad()
-    def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+    def sample(self, batch_size: int) -> Batch:
         cond, w, q = self.candidates.sample(batch_size)
-        weights, advantages = candidate_weights(q, self.beta, self.tau, self.normalize)
+        settings = self.settings
+        weights, advantages = candidate_weights(q, settings.beta, settings.tau, settings.normalize_advantages)
         scalars = {
             "stage1/effective_candidates": effective_number(weights),
             "stage1/q_spread": q.std(dim=1).mean(),
             "stage1/advantage_max": advantages.amax(dim=1).mean(),
         }
-        return cond, w[:, :, self.rows], weights, scalars
+        return Batch(cond, w, weights, scalars)

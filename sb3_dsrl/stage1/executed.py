@@ -1,15 +1,56 @@
-"""Advantages of the noises that rollouts executed.
+"""The noises that rollouts executed, weighted by their advantages.
 
-Letters in shapes: ``n`` macro-steps.
+Letters in shapes: ``n`` macro-steps, ``B`` batch, ``T`` = pred_horizon, ``A`` action dim, ``C`` features.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch as th
 from torch import nn
 
 from sb3_dsrl.evaluation.rollouts import Rollouts
+from sb3_dsrl.stage0.weights import exp_weights
+from sb3_dsrl.stage1.aw_mle import Batch
+from sb3_dsrl.stage1.settings import ExecutedSettings
+from sb3_dsrl.steering.steering import Steering
+
+
+@dataclass
+class ExecutedNoise:
+    """
+    Batches of executed noises with their weights.
+
+    :param cond: features, (n, C)
+    :param w: the steered part of the noises, (n, T, A), (n, H, A) or (n, 1, A)
+    :param weights: (n,)
+    """
+
+    cond: th.Tensor
+    w: th.Tensor
+    weights: th.Tensor
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, steering: Steering, settings: ExecutedSettings) -> ExecutedNoise:
+        """
+        :param rollouts: whole episodes
+        :param steering: says which part of the noise is learned
+        :param settings: of the weights
+        """
+        advantages = executed_advantages(rollouts, settings.gae_lambda)
+        if settings.normalize_advantages:
+            advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
+        w = rollouts.w if rollouts.w.shape[1:] == steering.action_space.shape else rollouts.w[:, steering.rows]
+        return cls(rollouts.cond, w, exp_weights(advantages / settings.beta, settings.max_weight))
+
+    def sample(self, batch_size: int) -> Batch:
+        index = th.randint(len(self.cond), (batch_size,))
+        weights = self.weights[index][:, None]
+        share = weights / weights.sum()
+        scalars = {"stage1/effective_samples": 1.0 / share.pow(2).sum()}
+        return Batch(self.cond[index], self.w[index][:, None], weights, scalars)
 
 
 def executed_advantages(

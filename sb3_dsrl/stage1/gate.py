@@ -7,10 +7,11 @@ from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
-from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl.evaluation.results import EvalResult
 from sb3_dsrl.evaluation.rollouts import collect_rollouts
+from sb3_dsrl.evaluation.vec_normalize import require_raw_features
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 
 
@@ -26,7 +27,7 @@ class Gate:
     :param seed: of the episodes; by default neither those of rollouts with a small seed nor those of an evaluation or of
         :func:`~sb3_dsrl.steerability`
     :param deterministic: compare the policies' means; otherwise sampled play
-    :raises ValueError: if there is no episode to play, or the env normalises features
+    :raises ValueError: if there is no episode to play, or the env normalises features or rewards
     """
 
     def __init__(
@@ -34,8 +35,7 @@ class Gate:
     ) -> None:
         if episodes < 1:
             raise ValueError(f"episodes must be at least 1, found {episodes}")
-        if isinstance(env, VecEnv) and unwrap_vec_normalize(env) is not None:
-            raise ValueError("The gate needs the flow's own features: pass the env below VecNormalize")
+        require_raw_features(env, "The gate", rewards=True)  # collect_rollouts needs both
         self.env, self.episodes, self.seed, self.deterministic = env, episodes, seed, deterministic
         #: outcome of the policy before and after stage 1
         self.before: EvalResult | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
 from sb3_dsrl.evaluation.play import evaluate
 from sb3_dsrl.evaluation.results import EvalResult
@@ -30,6 +30,7 @@ class SuccessEvalCallback(BaseCallback):
     :param save_path: folder for the models, or None
     :param seed: of the episodes
     :param env_steps: env steps that were consumed before, by stage 1, say
+    :raises ValueError: when training begins, if ``eval_env`` is the training env
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class SuccessEvalCallback(BaseCallback):
         self._best: dict[str, float] = {}
         self._start = (time.time(), env_steps)
         self._measuring = 0.0
+        self._learned = False
 
     @property
     def env_steps_per_second(self) -> float:
@@ -70,12 +72,19 @@ class SuccessEvalCallback(BaseCallback):
         self.env_steps, self.history = state_dict["env_steps"], list(state_dict["history"])
         self._best = dict(state_dict["best"])
 
+    def _init_callback(self) -> None:
+        if _simulators(self.eval_env) & _simulators(self.training_env):
+            raise ValueError(
+                "eval_env is the training env: evaluations would end the episodes that are being collected; make another env"
+            )
+
     def _on_training_start(self) -> None:
         if not self.history:
             self.measure()
-        self._start, self._measuring = (time.time(), self.env_steps), 0.0
+        self._start, self._measuring, self._learned = (time.time(), self.env_steps), 0.0, False
 
     def _on_step(self) -> bool:
+        self._learned = True
         self.env_steps += sum(info["chunk_length"] for info in self.locals["infos"])
         return True
 
@@ -86,7 +95,8 @@ class SuccessEvalCallback(BaseCallback):
             self.measure()
 
     def _on_training_end(self) -> None:
-        self.measure()
+        if self._learned:  # not if a finished run is resumed
+            self.measure()
 
     def measure(self) -> None:
         """
@@ -123,3 +133,9 @@ class SuccessEvalCallback(BaseCallback):
         assert self.save_path is not None
         with atomic_file(self.save_path / f"{name}.zip") as file:
             self.model.save(file)
+
+
+def _simulators(env: gym.Env | VecEnv) -> set[int]:
+    """Identities of the innermost envs of this process."""
+    base = env.unwrapped
+    return {id(inner.unwrapped) for inner in base.envs} if isinstance(base, DummyVecEnv) else {id(base)}

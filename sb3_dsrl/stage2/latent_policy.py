@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,6 +20,7 @@ from torch.distributions import Normal
 
 from sb3_dsrl.stage2.distributions import PriorMixtureDistribution
 from sb3_dsrl.stage2.optimizers import SCALED, AdamLrScale, LrScale
+from sb3_dsrl.steering.contract import PLAYING, Contract, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.utils.checkpoint import atomic_file
 from sb3_dsrl.utils.integrity import load_data, one_line
@@ -38,6 +38,7 @@ def _dummy_schedule_only(owner: Any, name: str) -> Any:
 SAVED_TYPES: list[Any] = [
     spaces.Box,
     NoiseSpace,
+    Contract,
     np.ndarray,
     np.dtype,
     *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.bool_)},
@@ -66,16 +67,16 @@ class LatentPolicy(ActorCriticPolicy):
 
     :param observation_space: the flow's features, (C,)
     :param action_space: flow noise, (T, A)
-    :param lr_schedule: learning rate of the policy; the value network's is ``value_lr`` and follows it in proportion
+    :param lr_schedule: learning rate of the policy; the value network's follows it in proportion
     :param net_arch: hidden layers, as in SB3; None is two of 256 for the policy and two for the value
     :param activation_fn: as in SB3
     :param prior_mix: initial eps
     :param prior_mix_decay: factor on eps per rollout
-    :param value_lr: learning rate of the value network; None is the policy's
+    :param value_lr: learning rate of the value network where the schedule is at its highest; None is the policy's
     :param centre: noise that a new policy's mean starts from, (T, A), such as a golden ticket; None is 0
     :param log_std_init: log standard deviation of a new policy; 0 is the prior's
     :param kwargs: further arguments of :class:`~stable_baselines3.common.policies.ActorCriticPolicy`
-    :raises ValueError: if an argument is out of range
+    :raises ValueError: if an argument is out of range or the action space is no Box
     """
 
     prior_mix: th.Tensor
@@ -99,6 +100,13 @@ class LatentPolicy(ActorCriticPolicy):
         log_std_init: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(action_space, spaces.Box):
+            raise ValueError(f"LatentPolicy needs flow noise, a Box of shape (T, A), as action space, found {action_space}")
+        if not isinstance(action_space, NoiseSpace):
+            warnings.warn(
+                f"LatentPolicy acts in {action_space}, which is not the noise of a flow, so nothing is steered: wrap the "
+                f"env in LatentSteeringWrapper or make it with make_latent_env"
+            )
         for name, value in (("prior_mix", prior_mix), ("prior_mix_decay", prior_mix_decay)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], found {value}")
@@ -135,9 +143,8 @@ class LatentPolicy(ActorCriticPolicy):
         self.register_buffer("centre", th.as_tensor(self._centre_init.reshape(-1), dtype=th.float32))
         # Buffers, so that they are saved with the model. float64: 0.3 * 0.995**n should not drift.
         self.register_buffer("prior_mix", th.tensor(self.initial_prior_mix, dtype=th.float64))
-        self.register_buffer("_decay_due", th.tensor(False))
+        self.register_buffer("_decay_due", th.tensor(0.0))  # 1 between an update and the next rollout
         self._build_optimizer(lr_schedule)
-        _warn_about_gamma(self.action_space)
 
     def _build_optimizer(self, lr_schedule: Schedule) -> None:
         value_params = [*self.mlp_extractor.value_net.parameters(), *self.value_net.parameters()]
@@ -145,12 +152,12 @@ class LatentPolicy(ActorCriticPolicy):
             value_params += self.vf_features_extractor.parameters()
         value_ids = {id(p) for p in value_params}
         policy_params = [p for p in self.parameters() if id(p) not in value_ids]
-        lr = float(lr_schedule(1))
+        peak = max(float(lr_schedule(1 - i / 100)) for i in range(101))  # a schedule may start at 0 and warm up
         # SB3 builds a policy that is about to be loaded with lr = 0; it is not trained before an algorithm gives it a
         # new optimiser.
-        scale = 1.0 if self.value_lr is None or lr == 0 else self.value_lr / lr
+        scale = 1.0 if self.value_lr is None or peak == 0 else self.value_lr / peak
         groups = [dict(params=policy_params, lr_scale=1.0), dict(params=value_params, lr_scale=scale)]
-        self.optimizer = self.optimizer_class(groups, lr=lr, **self.optimizer_kwargs)  # type: ignore[call-arg, arg-type]
+        self.optimizer = self.optimizer_class(groups, lr=float(lr_schedule(1)), **self.optimizer_kwargs)  # type: ignore[call-arg, arg-type]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -194,7 +201,7 @@ class LatentPolicy(ActorCriticPolicy):
     @property
     def flow_hash(self) -> str | None:
         """Fingerprint of the flow that this policy steers; None if it was not built on a steered env."""
-        return self.action_space.flow_hash if isinstance(self.action_space, NoiseSpace) else None
+        return self.action_space.contract.flow_hash if isinstance(self.action_space, NoiseSpace) else None
 
     def set_training_mode(self, mode: bool) -> None:
         """
@@ -203,9 +210,9 @@ class LatentPolicy(ActorCriticPolicy):
         """
         super().set_training_mode(mode)
         if mode:
-            self._decay_due.fill_(True)
-        elif self._decay_due:
-            self._decay_due.fill_(False)
+            self._decay_due.fill_(1.0)
+        elif self._decay_due > 0:
+            self._decay_due.fill_(0.0)
             self.prior_mix.mul_(self.prior_mix_decay)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> PriorMixtureDistribution:
@@ -272,15 +279,7 @@ class LatentPolicy(ActorCriticPolicy):
             raise ValueError(f"copy_into expects a model with 'LatentPolicy', found {type(target).__name__}")
         ours, theirs = self.action_space, target.action_space
         if isinstance(ours, NoiseSpace) and isinstance(theirs, NoiseSpace):
-            if ours.flow_hash != theirs.flow_hash:
-                raise ValueError(
-                    f"This policy steers flow {ours.flow_hash}, but the model's env steers flow {theirs.flow_hash}"
-                )
-            if not np.isclose(ours.macro_gamma, theirs.macro_gamma):
-                raise ValueError(
-                    f"This policy was made for macro_gamma={ours.macro_gamma:.6g}, but the model's env discounts with "
-                    f"{theirs.macro_gamma:.6g}: make both with the same gamma"
-                )
+            check_agreement("policy", ours.contract, "model's env", theirs.contract, (*PLAYING, "gamma"))
         for name, expected, found in (
             ("noise shape", target.action_space.shape, self.action_space.shape),
             ("number of features", target.observation_space.shape, self.observation_space.shape),
@@ -293,27 +292,3 @@ class LatentPolicy(ActorCriticPolicy):
         for name in ("prior_mix", "_decay_due"):
             weights[name] = target.state_dict()[name]
         target.load_state_dict(weights)
-
-
-def _warn_about_gamma(action_space: Any) -> None:
-    """
-    Compares the gamma of the algorithm that is building this policy with the env's macro-step discount.
-
-    SB3 never tells a policy which algorithm it belongs to, and a default gamma of 0.99 per macro-step is a mistake
-    that nothing else would show. So look for the algorithm among the callers.
-    """
-    if not isinstance(action_space, NoiseSpace):
-        return
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        frame = frame.f_back
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, BaseAlgorithm):
-            gamma = getattr(owner, "gamma", None)
-            if gamma is not None and not np.isclose(gamma, action_space.macro_gamma, rtol=1e-6):
-                warnings.warn(
-                    f"{type(owner).__name__} discounts with gamma={gamma} per macro-step, but the env's macro-step "
-                    f"discount is {action_space.macro_gamma:.6g}: pass gamma=env.macro_gamma",
-                    stacklevel=2,
-                )
-            return

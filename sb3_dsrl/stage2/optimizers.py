@@ -32,6 +32,18 @@ class LrScale(th.optim.Optimizer):
             for group, lr in zip(self.param_groups, base, strict=True):
                 group["lr"] = lr
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Takes a state over, but for the scales: they are ratios to the schedule that this optimiser was built with, and
+        ``PPO.load(..., learning_rate=...)`` builds it with another one than was saved.
+
+        :param state_dict: as in :class:`torch.optim.Optimizer`
+        """
+        scales = [group.get("lr_scale", 1.0) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, scale in zip(self.param_groups, scales, strict=True):
+            group["lr_scale"] = scale
+
 
 class AdamLrScale(LrScale, th.optim.Adam):
     """Adam, PPO's optimiser."""

@@ -67,16 +67,18 @@ class ResumeCallback(BaseCallback):
     """
     Checkpoints from which :func:`resume` and ``learn`` go on: the model with its optimiser, prior mix and step count, the
     generators of Python, NumPy and torch, env steps, statistics of ``VecNormalize``, and the state of other callbacks.
-    They are written between an update and the next rollout. Schedules and TensorBoard go on where they were. On SIGINT
+    They are written between an update and the next rollout, and once more at the end of training: from that one
+    :func:`resume` gives the finished model, for which there is nothing left to ``learn``. (List this callback after those
+    that it keeps, so that their last state is in it.) Schedules and TensorBoard go on where they were. On SIGINT
     or SIGTERM the rollout and its update are finished, a checkpoint is written and
-    :class:`~sb3_dsrl.utils.interrupt.Interrupted`
-    ends the script with exit code 130 or 143; a second signal acts at once.
+    :class:`~sb3_dsrl.utils.interrupt.Interrupted` ends the script with exit code 130 or 143; a second signal acts at once.
 
     The inside of a simulator is not kept: after a resume all envs start new episodes, seeded with the model's seed and the
     env steps so far. With ``restart_episodes`` an uninterrupted run does the same at every checkpoint, so a run that was
-    killed and resumed has bit for bit the parameters of one that was not. (A checkpoint upon SIGINT or SIGTERM comes out of
-    turn: the run goes on as validly, but with other episodes.) For GAE the cut episodes are truncated, as at the end of
-    any rollout; no metric counts them. Without it episodes are cut by a resume only.
+    killed and resumed has bit for bit the parameters of one that was not. (A checkpoint upon SIGINT or SIGTERM, or at the
+    end of a training that is prolonged later, comes out of turn: the run goes on as validly, but with other episodes.) For
+    GAE the cut episodes are truncated, as at the end of any rollout; no metric counts them. Without it episodes are cut by
+    a resume only.
 
     A simulated scene remembers the contacts of its last episodes in the last bits, so ManiSkill's envs are built anew with
     these resets (``reconfigure``), which takes about 0.4 s an env and checkpoint. Other envs ignore that option.
@@ -113,7 +115,7 @@ class ResumeCallback(BaseCallback):
         self.save_freq = save_freq or 0
         #: env steps so far
         self.env_steps = 0
-        self._saved = 0
+        self._saved_at = 0  # env steps
         self._resumed: dict[str, Any] | None = None
         self._signals = StopSignals("the end of this rollout and its update")
 
@@ -142,8 +144,10 @@ class ResumeCallback(BaseCallback):
                 vars(callback).update(state)
             else:
                 callback.load_state_dict(state)  # type: ignore[attr-defined]
-        self.env_steps = self._resumed["env_steps"]
-        self._saved = self.env_steps // self.save_freq
+        self.env_steps = self._saved_at = self._resumed["env_steps"]
+        normalize = self.model.get_vec_normalize_env()
+        if normalize is not None and self._resumed["vec_normalize"] is not None:
+            normalize.obs_rms, normalize.ret_rms = self._resumed["vec_normalize"]
         for records, saved in zip(self._pending_records(), self._resumed["records"], strict=True):
             records.update(saved)
         self._hide_later_records(done)
@@ -170,9 +174,6 @@ class ResumeCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
-            normalize = self.model.get_vec_normalize_env()
-            if normalize is not None and state["vec_normalize"] is not None:
-                normalize.obs_rms, normalize.ret_rms = state["vec_normalize"]
             self._restart(state["rng"])
             return
         if self._signals.received and not self.env_steps:
@@ -180,13 +181,15 @@ class ResumeCallback(BaseCallback):
         if self._signals.received:
             self.save()
             self._signals.leave(f"a resume goes on from {self.path}")
-        if self.env_steps // self.save_freq > self._saved:
+        if self.env_steps // self.save_freq > self._saved_at // self.save_freq:
             generators = self.save()
             if self.restart_episodes:
                 self._restart(generators)
 
     def _on_training_end(self) -> None:
         self._signals.ignore()
+        if self.env_steps > self._saved_at:
+            self.save()
         if self._signals.received:  # it came during the very last update
             self._signals.leave(f"training is complete, its last checkpoint is {self.path}")
 
@@ -196,7 +199,7 @@ class ResumeCallback(BaseCallback):
 
         :return: states of the generators in it
         """
-        self._saved = self.env_steps // self.save_freq
+        self._saved_at = self.env_steps
         normalize = self.model.get_vec_normalize_env()
         generators = rng_state()
         state = dict(

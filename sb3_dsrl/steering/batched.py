@@ -12,7 +12,9 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from sb3_dsrl.steering.batched_infos import last_counted, split_info
 from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
+from sb3_dsrl.steering.contract import ignores_terminations
 from sb3_dsrl.utils.observations import map_frames
 
 
@@ -25,7 +27,8 @@ class BatchedChunkEnv(VecEnv):
     are reset together at the end of the chunk.
 
     Observations are tensors on the simulator's device, (N, obs_horizon, D) or a dict of such, and so are terminal
-    observations; rewards, dones and infos are NumPy. :class:`~sb3_dsrl.VecLatentSteering` turns observations into features.
+    observations; rewards and dones are NumPy. :class:`~sb3_dsrl.VecLatentSteering` turns observations into features. Infos
+    hold what the simulator reported for that env at its last step that counts, and the keys of ActionChunkWrapper.
 
     :param env: env with ManiSkill's batched interface: ``num_envs``, ``device``, ``single_observation_space``,
         ``single_action_space``; ``step`` takes and gives tensors with a leading axis N; ``reset(options={"env_idx": ...})``
@@ -33,7 +36,8 @@ class BatchedChunkEnv(VecEnv):
     :param act_horizon: H
     :param obs_horizon: frames in an observation
     :param gamma: discount per env step
-    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None is
+        :func:`~sb3_dsrl.steering.contract.ignores_terminations`
     :param reward_scale: factor on the macro reward
     :raises ValueError: if the env has no such interface or an argument is out of range
     """
@@ -44,7 +48,7 @@ class BatchedChunkEnv(VecEnv):
         act_horizon: int,
         obs_horizon: int = 1,
         gamma: float = 0.99,
-        ignore_terminations: bool = False,
+        ignore_terminations: bool | None = None,
         reward_scale: float = 1.0,
     ) -> None:
         base: Any = env.unwrapped
@@ -56,6 +60,9 @@ class BatchedChunkEnv(VecEnv):
         check_chunking(act_horizon, obs_horizon, gamma)
         self.env, self.device = env, th.device(base.device)
         self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
+        self.reward_mode: str | None = getattr(base, "reward_mode", None)
+        if ignore_terminations is None:
+            ignore_terminations = ignores_terminations(self.reward_mode)
         self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
         self.env_id = env.spec.id if env.spec is not None else None
         self.control_mode: str | None = getattr(base, "control_mode", None)
@@ -80,7 +87,7 @@ class BatchedChunkEnv(VecEnv):
         else:
             self._seeds = self._rng.integers(2**31, size=self.num_envs).tolist()
         obs, info = self.env.reset(seed=self._seeds, options=self._options[0] or {})  # type: ignore[arg-type]
-        self.reset_infos = [info] * self.num_envs
+        self.reset_infos = split_info(info, self.num_envs)
         self._reset_seeds()
         self._reset_options()
         self._frames = map_frames(self._filled, obs)
@@ -107,6 +114,7 @@ class BatchedChunkEnv(VecEnv):
         alive = th.ones(self.num_envs, dtype=th.bool, device=self.device)
         terminated, truncated, k = th.zeros_like(alive), th.zeros_like(alive), th.zeros_like(alive, dtype=th.float32)
         macro_reward = th.zeros_like(k)
+        report: dict[str, Any] = {}
         for i in range(self.act_horizon):
             if i and self.device.type == "cpu" and not alive.any():  # on a GPU the question would cost more than the answer
                 break
@@ -119,31 +127,33 @@ class BatchedChunkEnv(VecEnv):
             k += alive
             self._frames = map_frames(lambda old, new, alive=alive: self._pushed(old, new, alive), self._frames, obs)
             metrics.update(reward, info, alive)
+            report = info if self.ignore_terminations else last_counted(report, info, alive)
             if not self.ignore_terminations:
                 terminated |= ended & alive
                 alive = alive & ~ended
             truncated |= timed_out & alive
             metrics.close(timed_out & alive)
-        return self._finish(macro_reward, terminated, truncated, k)
+        return self._finish(report, self.reward_scale * macro_reward, terminated, truncated, k)
 
-    def _finish(self, macro_reward: th.Tensor, terminated: th.Tensor, truncated: th.Tensor, k: th.Tensor) -> VecEnvStepReturn:
-        columns = (self.reward_scale * macro_reward, terminated, truncated, k, *self._metrics.rows())
+    def _finish(self, report: dict[str, Any], macro_reward: th.Tensor, *outcome: th.Tensor) -> VecEnvStepReturn:
+        self._metrics.end_macro_step(macro_reward)
+        columns = (macro_reward, *outcome, *self._metrics.rows())
         rows = th.stack([column.float() for column in columns]).cpu().numpy()  # one transfer
-        rewards, ends, limits, lengths, returns, steps, once, success = rows
+        rewards, ends, limits, lengths, returns, steps, seen, macro_steps, once, success = rows
         if not np.isfinite(rewards).all():
             envs = np.flatnonzero(~np.isfinite(rewards)).tolist()
             raise ValueError(f"{self.env_id or 'The simulator'}: rewards of envs {envs} are NaN or infinite")
         dones = (ends + limits) > 0
         knows_success = self._metrics.knows_success
-        infos: list[dict[str, Any]] = []
-        for i in range(self.num_envs):
-            info: dict[str, Any] = {"chunk_length": int(lengths[i]), "TimeLimit.truncated": bool(limits[i] and not ends[i])}
+        infos = split_info(report, self.num_envs)
+        for i, info in enumerate(infos):
+            info |= {"chunk_length": int(lengths[i]), "TimeLimit.truncated": bool(limits[i] and not ends[i])}
             if knows_success:
                 info["is_success"] = bool(success[i])
             if dones[i]:
                 verdict = (bool(once[i]), bool(success[i])) if knows_success else (None, None)
-                info |= episode_summary(float(returns[i]), int(steps[i]), self._metrics.started[i], *verdict)
-            infos.append(info)
+                sums = float(returns[i]), int(steps[i]), float(seen[i]), int(macro_steps[i])
+                info |= episode_summary(*sums, self._metrics.started[i], *verdict)
         finished = np.flatnonzero(dones)
         if len(finished):
             self._restart(finished, infos)
@@ -158,8 +168,9 @@ class BatchedChunkEnv(VecEnv):
         with th.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             th.manual_seed(int(self._rng.integers(2**31)))
             obs, info = self.env.reset(options={"env_idx": index})
+        fresh_infos = split_info(info, self.num_envs)
         for i in finished:
-            self.reset_infos[i] = info
+            self.reset_infos[i] = fresh_infos[i]
         fresh = th.zeros(self.num_envs, dtype=th.bool, device=self.device)
         fresh[index] = True
         self._frames = map_frames(lambda old, new: _where(fresh, self._filled(new), old), self._frames, obs)
@@ -220,17 +231,23 @@ class BatchedChunkEnv(VecEnv):
 
 
 class _BatchedMetrics:
-    """Return, length and success of the episode of each env, up to the time limit; all tensors are (N,)."""
+    """
+    Return, length and success of the episode of each env, up to the time limit, and what the algorithm saw of it; all tensors
+    are (N,).
+    """
 
     def __init__(self, num_envs: int, device: th.device) -> None:
-        self._return, self._length = (th.zeros(num_envs, device=device) for _ in range(2))
+        self._return, self._length, self._macro_return, self._macro_steps = (
+            th.zeros(num_envs, device=device) for _ in range(4)
+        )
         self._once, self._success, self._closed = (th.zeros(num_envs, dtype=th.bool, device=device) for _ in range(3))
         self.knows_success = False
         self.started = np.full(num_envs, time.time())
 
     def start(self, index: th.Tensor) -> None:
-        for tensor in (self._return, self._length, self._once, self._success, self._closed):
-            tensor[index] = 0
+        for tensor in vars(self).values():
+            if isinstance(tensor, th.Tensor):
+                tensor[index] = 0
         self.started[index.cpu().numpy()] = time.time()
 
     def update(self, reward: th.Tensor, info: dict[str, Any], alive: th.Tensor) -> None:
@@ -243,11 +260,15 @@ class _BatchedMetrics:
             self._success = th.where(counts, success.bool(), self._success)
             self._once = self._once | (self._success & counts)
 
+    def end_macro_step(self, macro_reward: th.Tensor) -> None:
+        self._macro_return += macro_reward
+        self._macro_steps += 1
+
     def close(self, which: th.Tensor) -> None:
         self._closed = self._closed | which
 
     def rows(self) -> tuple[th.Tensor, ...]:
-        return self._return, self._length, self._once, self._success
+        return self._return, self._length, self._macro_return, self._macro_steps, self._once, self._success
 
 
 def _as_frame(frame: th.Tensor) -> th.Tensor:

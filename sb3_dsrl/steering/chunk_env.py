@@ -12,10 +12,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl.steering.adapters import standard_env
 from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
+from sb3_dsrl.steering.contract import ignores_terminations
 from sb3_dsrl.utils.observations import map_frames, stack_frames
 
 
@@ -26,23 +28,27 @@ class ActionChunkWrapper(gym.Wrapper):
     - The reward is ``sum_{i<k} gamma^i r_i`` (times ``reward_scale``).
     - A termination stops the chunk: nothing after it is executed or rewarded.
     - A time limit inside a chunk does not cut it. The chunk runs to its end and the episode is truncated there, so that every
-      macro-step from which SB3 bootstraps lasts exactly H env steps and ``gamma ** H`` is its discount.
+      macro-step from which SB3 bootstraps lasts exactly H env steps and ``gamma ** H`` is its discount. An env that cannot be
+      stepped past its time limit needs ``cut_at_time_limit``.
     - Observations are the last ``obs_horizon`` frames, oldest first, copied.
 
     ``info`` holds ``chunk_length`` (k) and, if the env reports ``success`` (or ``is_success``), ``is_success``. At the
     end of an episode it holds ``success_once``, ``success_at_end``, ``episode_return`` (undiscounted, unscaled) and
-    ``episode_length`` (env steps), all of which stop counting at the time limit, and SB3's ``episode`` with the same
-    return and length.
+    ``episode_length`` (env steps), all of which stop counting at the time limit, and SB3's ``episode``: sum of the macro
+    rewards and number of macro-steps, as SB3's ``Monitor`` around this env would have it.
 
     :param env: env with a Box as action space and a Box, or a Dict of Boxes, as observation space; a ManiSkill CPU env as
         ``gym.make`` returns it is unbatched
     :param act_horizon: H
     :param obs_horizon: frames in an observation
     :param gamma: discount per env step
-    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit
+    :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None is
+        :func:`~sb3_dsrl.steering.contract.ignores_terminations`
     :param reward_scale: factor on the macro reward
-    :raises ValueError: if the env is batched, or its spaces do not fit; in ``reset`` and ``step``, if an observation or a
-        reward is NaN or infinite
+    :param cut_at_time_limit: end the chunk at a time limit, after k <= H env steps. SB3 then bootstraps with ``gamma ** H``
+        in place of ``gamma ** k``, which :class:`~sb3_dsrl.ExactBootstrap` corrects
+    :raises ValueError: if the env is batched, resets itself or is wrapped in SB3's ``Monitor``, or its spaces do not fit; in
+        ``reset`` and ``step``, if an observation or a reward is NaN or infinite
     """
 
     def __init__(
@@ -51,19 +57,25 @@ class ActionChunkWrapper(gym.Wrapper):
         act_horizon: int,
         obs_horizon: int = 1,
         gamma: float = 0.99,
-        ignore_terminations: bool = False,
+        ignore_terminations: bool | None = None,
         reward_scale: float = 1.0,
+        cut_at_time_limit: bool = False,
     ) -> None:
         if isinstance(env, (VecEnv, gym.vector.VectorEnv)):
             raise ValueError(
                 f"This wrapper is for one env, found {type(env).__name__} with {env.num_envs}; for many ManiSkill envs use "
                 f"make_latent_env, for an SB3 VecEnv of chunk envs VecLatentSteering"
             )
+        _check_layers(env)
         env = standard_env(env)
         super().__init__(env)
         check_chunking(act_horizon, obs_horizon, gamma)
         self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
+        self.reward_mode: str | None = getattr(env.unwrapped, "reward_mode", None)
+        if ignore_terminations is None:
+            ignore_terminations = ignores_terminations(self.reward_mode)
         self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
+        self.cut_at_time_limit = cut_at_time_limit
         self.action_space = chunk_space(env.action_space, act_horizon)
         self.observation_space = stacked_space(env.observation_space, obs_horizon)
         self._scale = ActionScaler(env.action_space)  # type: ignore[arg-type]
@@ -92,8 +104,9 @@ class ActionChunkWrapper(gym.Wrapper):
         actions = self._scale(np.asarray(chunk))
         macro_reward, terminated, truncated, k = 0.0, False, False, 0
         info: dict[str, Any] = {}
-        # Without terminations the policy sees the last frames of a chunk only; with them any frame may be the last.
-        first_seen = self.act_horizon - self.obs_horizon if self.ignore_terminations else 0
+        # A chunk that is always whole shows its last frames only; otherwise any frame may be the last.
+        whole = self.ignore_terminations and not self.cut_at_time_limit
+        first_seen = self.act_horizon - self.obs_horizon if whole else 0
         for action in actions.astype(self._action_dtype):
             self._set_rendering(k >= first_seen)
             obs, reward, ended, timed_out, info = self.env.step(action)
@@ -109,12 +122,16 @@ class ActionChunkWrapper(gym.Wrapper):
             if timed_out:
                 truncated = True
                 self._episode.close()
+                if self.cut_at_time_limit:
+                    break
+        macro_reward *= self.reward_scale
+        self._episode.end_macro_step(macro_reward)
         info = dict(info, chunk_length=k)
         if self._episode.success is not None:
             info["is_success"] = self._episode.success
         if terminated or truncated:
             info.update(self._episode.summary())
-        return stack_frames(self._frames), self.reward_scale * macro_reward, terminated, truncated, info
+        return stack_frames(self._frames), macro_reward, terminated, truncated, info
 
     def _frame(self, obs: Any) -> Any:
         # copied: the arrays of a CPU simulator alias its memory
@@ -130,13 +147,30 @@ class ActionChunkWrapper(gym.Wrapper):
             raise ValueError(f"{name}: the {what} after env step {self._steps} of the episode is NaN or infinite")
 
 
+def _check_layers(env: gym.Env) -> None:
+    layer = env
+    while isinstance(layer, gym.Wrapper):
+        name = type(layer).__name__
+        if isinstance(layer, gym.wrappers.Autoreset):
+            raise ValueError(
+                f"{name} resets the env by itself, so that a chunk would run into the next episode: pass the env below it"
+            )
+        if isinstance(layer, Monitor):
+            raise ValueError(
+                f"{name} below a chunk env would end an episode in the middle of a chunk: put it above, as in "
+                f"Monitor(LatentSteeringWrapper(env, flow)) or Monitor(ActionChunkWrapper(env, act_horizon))"
+            )
+        layer = layer.env
+
+
 class _EpisodeMetrics:
-    """Return, length and success of one episode in env steps, up to the time limit."""
+    """Return, length and success of one episode in env steps, up to the time limit, and what the algorithm saw of it."""
 
     def __init__(self) -> None:
         self.success: bool | None = None
         self._once = False
         self._return, self._length, self._closed = 0.0, 0, False
+        self._macro_return, self._macro_steps = 0.0, 0
         self._start = time.time()
 
     def update(self, reward: float, info: dict[str, Any]) -> None:
@@ -149,9 +183,14 @@ class _EpisodeMetrics:
             self.success = bool(found)
             self._once = self._once or self.success
 
+    def end_macro_step(self, macro_reward: float) -> None:
+        self._macro_return += macro_reward
+        self._macro_steps += 1
+
     def close(self) -> None:
         self._closed = True
 
     def summary(self) -> dict[str, Any]:
         once = self._once if self.success is not None else None
-        return episode_summary(self._return, self._length, self._start, once, self.success)
+        seen = self._macro_return, self._macro_steps
+        return episode_summary(self._return, self._length, *seen, self._start, once, self.success)

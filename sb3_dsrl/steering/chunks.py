@@ -73,13 +73,22 @@ class ActionScaler:
 
 
 def episode_summary(
-    episode_return: float, length: int, started: float, success_once: bool | None, success_at_end: bool | None
+    episode_return: float,
+    length: int,
+    macro_return: float,
+    macro_steps: int,
+    started: float,
+    success_once: bool | None,
+    success_at_end: bool | None,
 ) -> dict[str, Any]:
     """
-    What ``info`` holds at the end of an episode.
+    What ``info`` holds at the end of an episode. ``episode`` means what SB3's ``Monitor`` above the env would say: what the
+    algorithm saw, in macro-steps and macro rewards.
 
-    :param episode_return: undiscounted and unscaled
-    :param length: env steps
+    :param episode_return: undiscounted and unscaled, up to the time limit
+    :param length: env steps, up to the time limit
+    :param macro_return: sum of the macro rewards
+    :param macro_steps: number of macro-steps
     :param started: ``time.time()`` of its reset
     :param success_once: None if the env does not report success
     :param success_at_end: likewise
@@ -87,7 +96,7 @@ def episode_summary(
     summary: dict[str, Any] = dict(
         episode_return=episode_return,
         episode_length=length,
-        episode=dict(r=episode_return, l=length, t=round(time.time() - started, 6)),
+        episode=dict(r=round(macro_return, 6), l=macro_steps, t=round(time.time() - started, 6)),
     )
     if success_at_end is not None:
         summary.update(success_once=success_once, success_at_end=success_at_end)

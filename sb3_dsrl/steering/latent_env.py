@@ -11,10 +11,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from stable_baselines3.common.monitor import Monitor
 
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
-from sb3_dsrl.steering.steering import Steering, SteerMode, check_env_fits, check_flow, to_numpy
+from sb3_dsrl.steering.contract import REWARDS, Contract, SteerMode
+from sb3_dsrl.steering.steering import Steering, check_env_fits, check_flow, to_numpy
 from sb3_dsrl.utils.observations import map_frames
 
 
@@ -25,16 +27,20 @@ class LatentSteeringWrapper(gym.Wrapper):
     For one env; :class:`VecLatentSteering` is the form for many. It passes SB3's ``check_env`` and goes wherever a gym
     env goes (``make_vec_env``, ``Monitor``, rl-zoo3).
 
-    :param env: a CPU ManiSkill env as ``gym.make`` returns it, any gym env with Box spaces, or an :class:`ActionChunkWrapper`
+    :param env: a CPU ManiSkill env as ``gym.make`` returns it, any gym env with Box spaces, or an :class:`ActionChunkWrapper`.
+        SB3's ``Monitor`` may lie directly below, where ``make_vec_env`` puts it; it then records macro-steps.
     :param flow: the policy that is steered; it is frozen
-    :param gamma: discount per env step; None is that of an ActionChunkWrapper below, or 0.99
+    :param gamma: discount per env step; None is that of an ActionChunkWrapper below, or the flow's
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
         "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
     :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None is as in an
-        ActionChunkWrapper below, or False
-    :param reward_scale: factor on the macro reward; None is that of an ActionChunkWrapper below, or 1
+        ActionChunkWrapper below, or :func:`~sb3_dsrl.steering.contract.ignores_terminations`
+    :param reward_scale: factor on the macro reward; None is that of an ActionChunkWrapper below, or the flow's
+    :param cut_at_time_limit: end a chunk at a time limit, for envs that cannot be stepped past it, see
+        :class:`ActionChunkWrapper`; None is as in an ActionChunkWrapper below, or False
+    :param allow_other_task: accept an env with another id than the one that the flow was trained on
     :raises ValueError: if flow and env do not fit
     """
 
@@ -48,25 +54,44 @@ class LatentSteeringWrapper(gym.Wrapper):
         num_steps: int | None = None,
         ignore_terminations: bool | None = None,
         reward_scale: float | None = None,
+        cut_at_time_limit: bool | None = None,
+        allow_other_task: bool = False,
     ) -> None:
         check_flow(flow)
-        asked = dict(gamma=gamma, ignore_terminations=ignore_terminations, reward_scale=reward_scale)
+        asked = dict(
+            gamma=gamma,
+            ignore_terminations=ignore_terminations,
+            reward_scale=reward_scale,
+            cut_at_time_limit=cut_at_time_limit,
+        )
         asked = {name: value for name, value in asked.items() if value is not None}
-        if not isinstance(env, ActionChunkWrapper):
-            env = ActionChunkWrapper(env, flow.act_horizon, flow.obs_horizon, **asked)  # type: ignore[arg-type]
+        monitor = env if isinstance(env, Monitor) else None
+        inner = env if monitor is None else monitor.env
+        if isinstance(inner, ActionChunkWrapper):
+            chunk_env = inner
+        else:
+            own = dict(gamma=flow.gamma, reward_scale=flow.reward_scale)
+            chunk_env = ActionChunkWrapper(inner, flow.act_horizon, flow.obs_horizon, **(own | asked))  # type: ignore[arg-type]
         for name, value in asked.items():
-            if getattr(env, name) != value:
-                raise ValueError(f"{name}={value} was asked for, but the ActionChunkWrapper below has {getattr(env, name)}")
-        super().__init__(env)
-        self.steering = Steering(flow, env.gamma, noise_bound, steer_mode, num_steps)
-        check_env_fits(flow, env.observation_space, env.action_space, env.env_id, env.control_mode)
+            if getattr(chunk_env, name) != value:
+                raise ValueError(
+                    f"{name}={value} was asked for, but the ActionChunkWrapper below has {getattr(chunk_env, name)}"
+                )
+        if monitor is not None:
+            monitor.env = chunk_env  # above the chunks: below them it would end an episode in the middle of one
+        super().__init__(chunk_env if monitor is None else monitor)
+        settings = {name: getattr(chunk_env, name) for name in REWARDS}
+        contract = Contract.of(flow, noise_bound=noise_bound, steer_mode=steer_mode, num_steps=num_steps, **settings)
+        self.steering = Steering(flow, contract)
+        fits = chunk_env.observation_space, chunk_env.action_space, chunk_env.env_id, chunk_env.control_mode
+        check_env_fits(flow, *fits, allow_other_task)
         self.observation_space, self.action_space = self.steering.observation_space, self.steering.action_space
         self._cond = th.zeros(1, flow.cond_dim, device=flow.device)
 
     @property
     def macro_gamma(self) -> float:
         """Discount of one macro-step, ``gamma ** H``: pass it to PPO as ``gamma``."""
-        return self.steering.macro_gamma
+        return self.steering.contract.macro_gamma
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Starts an episode; a seed also seeds the unsteered tail of the noise."""

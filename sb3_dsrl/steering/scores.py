@@ -22,4 +22,4 @@ def score_noises(
     :return: (B, M)
     """
     flow = steering.flow
-    return critic.get_ucb_q(cond, flow.scored(flow.decode(cond, w, steering.num_steps), critic), kappa)
+    return critic.get_ucb_q(cond, flow.scored(flow.decode(cond, w, steering.contract.num_steps), critic), kappa)

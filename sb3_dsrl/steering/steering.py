@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import CloudpickleWrapper
 
 from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.steering.contract import Contract
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.utils.observations import map_frames
-
-SteerMode = Literal["full", "act_horizon", "shared"]
 
 
 def check_flow(flow: Any) -> None:
@@ -31,47 +31,27 @@ class Steering:
     A frozen flow together with how its noise is presented to RL.
 
     :param flow: the policy that is steered; it is frozen
-    :param gamma: discount per env step
-    :param noise_bound: bound of the noise space; at 4 the clipping touches 6 in 100,000 entries of the prior
-    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
-        "shared" one entry that is repeated T times: T times fewer dimensions to explore. The code of DSRL does so with
-        the long chunks of pi0 (https://arxiv.org/abs/2506.15799). Its prior is not the flow's, so start narrow:
-        ``log_std_init=math.log(0.3)``
-    :param num_steps: decoding steps; None is the flow's own
-    :param seed: of the generator of the tail
-    :raises ValueError: if an argument is out of range
+    :param contract: which noise is steered, how it is decoded and what it is rewarded for; None is ``Contract.of(flow)``
+    :param seed: of the generator that draws the unsteered tail of the noise
+    :raises TypeError: if this is not a policy
+    :raises ValueError: if the contract is of another flow
     """
 
-    def __init__(
-        self,
-        flow: SteerablePolicy,
-        gamma: float = 0.99,
-        noise_bound: float = 4.0,
-        steer_mode: SteerMode = "full",
-        num_steps: int | None = None,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, flow: SteerablePolicy, contract: Contract | None = None, seed: int | None = None) -> None:
         check_flow(flow)
-        if not 0 < noise_bound < np.inf:
-            raise ValueError(f"noise_bound must be positive and finite, found {noise_bound}")
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
-        if steer_mode not in ("full", "act_horizon", "shared"):
-            raise ValueError(f"steer_mode must be 'full', 'act_horizon' or 'shared', found {steer_mode!r}")
-        if num_steps is not None and num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, found {num_steps}")
         self.flow = flow.freeze()
-        self.gamma, self.macro_gamma = gamma, gamma**flow.act_horizon
-        self.steer_mode, self.num_steps = steer_mode, num_steps
+        self.contract = contract or Contract.of(flow)
+        if self.contract.flow_hash != flow.fingerprint():
+            raise ValueError(f"The contract is of flow {self.contract.flow_hash}, but this is flow {flow.fingerprint()}")
         # the entries of the noise that RL decides
         self.rows = slice(0, flow.pred_horizon)
-        if steer_mode == "act_horizon":
+        if self.contract.steer_mode == "act_horizon":
             self.rows = slice(flow.action_offset, flow.action_offset + flow.act_horizon)
-        elif steer_mode == "shared":
+        elif self.contract.steer_mode == "shared":
             self.rows = slice(0, 1)
         steered = self.rows.stop - self.rows.start
         self.observation_space = spaces.Box(-np.inf, np.inf, (flow.cond_dim,), np.float32)
-        self.action_space = NoiseSpace((steered, flow.action_dim), noise_bound, flow.fingerprint(), self.macro_gamma)
+        self.action_space = NoiseSpace((steered, flow.action_dim), self.contract)
         self.seed(seed)
 
     def seed(self, seed: int | None) -> None:
@@ -80,14 +60,28 @@ class Steering:
         """
         self._generator = th.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
+    # SubprocVecEnv's workers send this by plain pickle, which cannot name classes of ``__main__`` in another process.
+    def __getstate__(self) -> CloudpickleWrapper:
+        return CloudpickleWrapper(self.__dict__)
+
+    def __setstate__(self, state: CloudpickleWrapper) -> None:
+        self.__dict__.update(state.var)
+
     @th.no_grad()
     def encode(self, obs: Any) -> th.Tensor:
         """
         :param obs: stacked observations, (N, obs_horizon, D), arrays or tensors
         :return: features on the flow's device, (N, C)
-        :raises ValueError: if they are NaN or infinite
+        :raises ValueError: if they have another shape, or are NaN or infinite
         """
-        features = self.flow.encode(obs)
+        features = th.as_tensor(self.flow.encode(obs), device=self.flow.device)
+        expected = (len(next(iter(obs.values())) if isinstance(obs, dict) else obs), self.flow.cond_dim)
+        if tuple(features.shape) != expected:
+            raise ValueError(
+                f"{type(self.flow).__name__}.encode must give features of shape (N, C) = {expected}, found "
+                f"{tuple(features.shape)}"
+            )
+        features = features.float()
         finite = features.isfinite().all(dim=1)
         if not finite.all():
             envs = (~finite).nonzero().flatten().tolist()
@@ -110,7 +104,13 @@ class Steering:
             raise ValueError(f"Noise must have shape (N, ...) = {expected}, found {tuple(w.shape)}")
         cond = th.as_tensor(features, device=self.flow.device)
         noise = self.full_noise(th.as_tensor(w, dtype=th.float32, device=self.flow.device))
-        chunk = self.flow.executed(self.flow.decode(cond, noise, self.num_steps))
+        decoded = th.as_tensor(self.flow.decode(cond, noise, self.contract.num_steps), device=self.flow.device)
+        if decoded.shape != noise.shape:
+            raise ValueError(
+                f"{type(self.flow).__name__}.decode must give chunks of shape (N, T, A) = {tuple(noise.shape)}, found "
+                f"{tuple(decoded.shape)}"
+            )
+        chunk = self.flow.executed(decoded.float())
         if not (noise.isfinite().all() & chunk.isfinite().all()):  # one question to a GPU
             if not noise.isfinite().all():
                 raise ValueError("The noise to decode is NaN or infinite: the policy that chose it has diverged")
@@ -124,7 +124,7 @@ class Steering:
         :param w: (N, T, A), (N, H, A) or (N, 1, A)
         :return: (N, T, A)
         """
-        if self.steer_mode == "shared":
+        if self.contract.steer_mode == "shared":
             return w.expand(-1, self.flow.pred_horizon, -1)
         missing = self.flow.pred_horizon - w.shape[1]
         if missing == 0:
@@ -142,7 +142,7 @@ class Steering:
         :return: (*batch, T, A)
         """
         noise = th.randn(*batch, *self.flow.noise_shape, generator=generator, device=device)
-        return noise[..., self.rows, :].expand_as(noise) if self.steer_mode == "shared" else noise
+        return noise[..., self.rows, :].expand_as(noise) if self.contract.steer_mode == "shared" else noise
 
     def choices(self, n_states: int, n_noises: int, generator: th.Generator | None = None) -> th.Tensor:
         """
@@ -153,10 +153,10 @@ class Steering:
         :param generator: None is torch's global one of the CPU
         :return: (S, M, T, A)
         """
-        bound = self.action_space.noise_bound
+        bound = self.contract.noise_bound
         noise = self.prior(n_states, n_noises, generator=generator)
         steered = noise[:, :, self.rows].clamp(-bound, bound)
-        if self.steer_mode == "shared":
+        if self.contract.steer_mode == "shared":
             return steered.expand_as(noise)
         noise = noise[:, :1].repeat(1, n_noises, 1, 1)
         noise[:, :, self.rows] = steered
@@ -164,11 +164,25 @@ class Steering:
 
 
 def check_env_fits(
-    flow: SteerablePolicy, obs_space: spaces.Space, action_space: spaces.Space, env_id: str | None, control_mode: str | None
+    flow: SteerablePolicy,
+    obs_space: spaces.Space,
+    action_space: spaces.Space,
+    env_id: str | None,
+    control_mode: str | None,
+    allow_other_task: bool = False,
 ) -> None:
-    if None not in (env_id, flow.env_id) and env_id != flow.env_id:
+    """
+    :param flow: the policy that is steered
+    :param obs_space: of the chunk env
+    :param action_space: of the chunk env
+    :param env_id: of the env; None if it has none
+    :param control_mode: ManiSkill controller of the env; None if it has none
+    :param allow_other_task: accept another env id than the flow's
+    :raises ValueError: if flow and env differ in task, controller or shapes
+    """
+    if None not in (env_id, flow.env_id) and env_id != flow.env_id and not allow_other_task:
         raise ValueError(
-            f"The flow was trained on {flow.env_id}, but the env is {env_id}; if that is meant, set flow.env_id = None first"
+            f"The flow was trained on {flow.env_id}, but the env is {env_id}; if that is meant, pass allow_other_task=True"
         )
     if None not in (control_mode, flow.control_mode) and control_mode != flow.control_mode:
         raise ValueError(f"The env has control_mode={control_mode!r}, but the flow's actions are for {flow.control_mode!r}")
@@ -186,4 +200,5 @@ def check_env_fits(
 
 
 def to_numpy(x: th.Tensor) -> np.ndarray:
+    """A NumPy copy of a tensor on any device."""
     return x.cpu().numpy().copy()  # copied: what is handed out may be written to

@@ -17,7 +17,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.batched import BatchedChunkEnv
-from sb3_dsrl.steering.steering import Steering, SteerMode, check_env_fits, to_numpy
+from sb3_dsrl.steering.contract import REWARDS, Contract, SteerMode
+from sb3_dsrl.steering.steering import Steering, check_env_fits, check_flow, to_numpy
 from sb3_dsrl.utils.observations import stack_frames
 
 
@@ -33,6 +34,7 @@ class VecLatentSteering(VecEnvWrapper):
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
         "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
+    :param allow_other_task: accept envs with another id than the one that the flow was trained on
     :raises ValueError: if flow and envs do not fit
     """
 
@@ -43,17 +45,20 @@ class VecLatentSteering(VecEnvWrapper):
         noise_bound: float = 4.0,
         steer_mode: SteerMode = "full",
         num_steps: int | None = None,
+        allow_other_task: bool = False,
     ) -> None:
+        check_flow(flow)
         try:
-            gamma = float(venv.get_attr("gamma", indices=0)[0])
+            settings = {name: venv.get_attr(name, indices=0)[0] for name in REWARDS}
         except AttributeError as error:
             raise ValueError(
                 "VecLatentSteering expects vectorised ActionChunkWrapper envs; for one env use LatentSteeringWrapper, "
                 "for ManiSkill envs make_latent_env"
             ) from error
-        self.steering = Steering(flow, gamma, noise_bound, steer_mode, num_steps)
+        contract = Contract.of(flow, noise_bound=noise_bound, steer_mode=steer_mode, num_steps=num_steps, **settings)
+        self.steering = Steering(flow, contract)
         env_id, control_mode = (venv.get_attr(name, indices=0)[0] for name in ("env_id", "control_mode"))
-        check_env_fits(flow, venv.observation_space, venv.action_space, env_id, control_mode)
+        check_env_fits(flow, venv.observation_space, venv.action_space, env_id, control_mode, allow_other_task)
         super().__init__(venv, self.steering.observation_space, self.steering.action_space)
         # A batched simulator takes and gives tensors; nothing but features, rewards, dones and infos leaves its device.
         self._tensors = isinstance(venv.unwrapped, BatchedChunkEnv)
@@ -63,7 +68,7 @@ class VecLatentSteering(VecEnvWrapper):
     @property
     def macro_gamma(self) -> float:
         """Discount of one macro-step, ``gamma ** H``: pass it to PPO as ``gamma``."""
-        return self.steering.macro_gamma
+        return self.steering.contract.macro_gamma
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """

@@ -13,10 +13,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 import numpy as np
 import torch as th
@@ -213,7 +213,7 @@ class TrainingCheckpoint:
         A result that takes long: computed the first time, read from its file after a resume.
 
         :param name: of its file
-        :param cls: a dataclass of arrays, tensors, numbers and strings
+        :param cls: a dataclass of arrays, tensors, numbers, strings, and dataclasses of numbers and strings
         :param make: computes it
         """
         path = self.file(name)
@@ -221,13 +221,23 @@ class TrainingCheckpoint:
         if found is not None:
             content = load_data(found)
             set_rng_state(content["rng"])
-            return cls(**{key: x.numpy() if is_array else x for key, (is_array, x) in content["result"].items()})
+            types = get_type_hints(cls)
+            return cls(**{name: _unpacked(types[name], *value) for name, value in content["result"].items()})
         result = make()
-        packed: dict[str, Any] = {}
-        for field in fields(result):  # type: ignore[arg-type]
-            value = getattr(result, field.name)
-            is_array = isinstance(value, np.ndarray)
-            packed[field.name] = (is_array, th.from_numpy(value.copy()) if is_array else value)
+        packed = {field.name: _packed(getattr(result, field.name)) for field in fields(result)}  # type: ignore[arg-type]
         with atomic_file(path) as file:
             th.save(dict(result=packed, rng=rng_state()), file)
         return result
+
+
+def _packed(value: Any) -> tuple[str, Any]:
+    """What torch reads again without running code: it knows neither NumPy's arrays nor dataclasses."""
+    if isinstance(value, np.ndarray):
+        return "array", th.from_numpy(value.copy())
+    return ("dataclass", asdict(value)) if is_dataclass(value) and not isinstance(value, type) else ("plain", value)
+
+
+def _unpacked(kind: Any, packed_as: str, value: Any) -> Any:
+    if packed_as == "array":
+        return value.numpy()
+    return kind(**value) if packed_as == "dataclass" else value

@@ -12,6 +12,7 @@ from stable_baselines3 import PPO, SAC
 from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, ppo_kwargs, train_flow
 from sb3_dsrl.envs.maniskill import make_latent_env
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
+from sb3_dsrl.envs.workers import WorkerSettings
 from tests.demo_files import scripted_episode, write_demos
 from tests.envs import numbered, scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
@@ -106,9 +107,21 @@ CASES = [
     ),
     Case("timeout 0", lambda folder: numbered(1, 1, timeout=0.0), "timeout is in seconds and must be positive, found 0.0"),
     Case("unknown env id", pushcube("PushCub-v1"), "'PushCub-v1' is not a ManiSkill environment; did you mean PushCube-v1"),
+    Case(
+        "id of another library",
+        pushcube("Pendulum-v1"),
+        "'Pendulum-v1' is not a ManiSkill .*, but gymnasium's; .*make_vec",
+    ),
+    Case(
+        "workers on a GPU",
+        pushcube(n_envs=2, sim_backend="gpu", workers=WorkerSettings()),
+        "workers are for sim_backend='physx_cpu'; on a GPU one simulator in this process runs all envs",
+    ),
     Case("n_envs 0", pushcube(n_envs=0), "n_envs must be at least 1, found 0"),
     Case(
-        "unknown sim_backend", pushcube(sim_backend="physx"), "sim_backend must be 'auto', 'physx_cpu' or 'physx_cuda', found"
+        "unknown sim_backend",
+        pushcube(sim_backend="auto"),
+        r"sim_backend must be 'physx_cpu' \(or 'cpu'\) or .*, found 'auto'",
     ),
     Case("unknown control mode", pushcube(control_mode="pd_none"), "PushCube-v1 cannot be made as asked for: pd_none not in"),
     Case(

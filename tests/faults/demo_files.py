@@ -114,7 +114,7 @@ def dataset_as_episode(path: Path) -> None:
 
 def no_rewards(folder: Path) -> None:
     bad = {key: value for key, value in scripted_episode(5).items() if key != "rewards"}
-    chunk_transitions(load_demos(write_demos(folder / "demos.h5", [scripted_episode(4), bad])), 1, 2, 0.9)
+    chunk_transitions(load_demos(write_demos(folder / "demos.h5", [scripted_episode(4), bad])), 1, 2, 0.9, True)
 
 
 def nan_depth(folder: Path) -> None:

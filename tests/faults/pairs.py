@@ -20,7 +20,7 @@ from tests.faults.case import Case
 
 Play = Callable[[Path], Any]
 ABOUT = dict(env_id="PushCube-v1", control_mode="pd_joint_delta_pos")
-OTHER_FLOW = r"Action spaces do not match: NoiseSpace\(.*flow_hash=(\w+).*!= NoiseSpace\(.*flow_hash=(?!\1)"
+OTHER_FLOW = r"Action spaces do not match: NoiseSpace\(.*flow_hash='(\w+)'.*!= NoiseSpace\(.*flow_hash='(?!\1)"
 
 
 def demos(folder: Path, obs_dim: int = 3, action_dim: int = 2, **about: Any) -> Demos:
@@ -73,12 +73,12 @@ def saved_model(load: Callable[[Path], Any]) -> Play:
 
 
 def pretrained(flow: dict[str, Any], rollouts: bool, **about: Any) -> Play:
-    """Stage 1 of a model with demos of something else; also where only the rollouts would be used."""
+    """Stage 1 of a model with demos of something else, with and without rollouts."""
 
     def play(folder: Path) -> None:
         venv = vec_steered(tiny_flow(**(ABOUT | flow)), [scripted(**({"time_limit": 9}))])
         found = collect_rollouts("prior", venv, 1) if rollouts else None
-        pretrain_latent(model(venv), demos(folder, **about), found, n_iterations=1)
+        pretrain_latent(model(venv), demos(folder, **about), found, weighting="candidates", n_iterations=1)
 
     return play
 
@@ -86,7 +86,7 @@ def pretrained(flow: dict[str, Any], rollouts: bool, **about: Any) -> Play:
 def rollouts_of(seed: int, **kwargs: Any) -> Play:
     def play(folder: Path) -> None:
         rollouts = collect_rollouts("prior", vec_steered(tiny_flow(seed=seed), [scripted(time_limit=9)], **kwargs), 1)
-        pretrain_latent(tiny_flow(), rollouts=rollouts, n_iterations=1)
+        pretrain_latent(tiny_flow(), rollouts=rollouts, weighting="candidates", n_iterations=1)
 
     return play
 
@@ -151,7 +151,7 @@ CASES = [
     Case(
         "flow and env: env id",
         flow_and_env(dict(env_id="PickCube-v1")),
-        r"The flow was trained on PickCube-v1, but the env is PushCube-v1; if that is meant, set flow.env_id = None first",
+        r"The flow was trained on PickCube-v1, but the env is PushCube-v1; if that is meant, pass allow_other_task=True",
     ),
     Case(
         "flow and chunk env: gamma",
@@ -160,27 +160,27 @@ CASES = [
         ),
         r"gamma=0.99 was asked for, but the ActionChunkWrapper below has 0.9",
     ),
-    Case("flow's critic and env: gamma", warm_start, r"warm_start_value: the env's gamma is 0.9, but the flow's critic knows"),
-    Case("flow and rollouts: gamma", rollouts_of(0, gamma=0.9), r"The rollouts were collected with gamma=0.9, but the flow"),
+    Case("flow's critic and env: gamma", warm_start, r"The env has gamma=0.9, but the critic that warm_start_value uses has"),
     Case(
-        "flow and rollouts: another flow", rollouts_of(1), r"The rollouts were collected with flow=\w+, but the flow to steer"
+        "flow and rollouts: gamma", rollouts_of(0, gamma=0.9), r"The rollouts have gamma=0.9, but the flow's critic has 0.99"
     ),
+    Case("flow and rollouts: another flow", rollouts_of(1), r"The rollouts have flow='\w+', but the flow has '\w+'"),
     Case("flow and PPO.load: another flow", saved_model(lambda path: PPO.load(path, env=env(1))), OTHER_FLOW),
     Case("flow and set_env: another flow", with_env(lambda: env(1)), OTHER_FLOW),
     Case(
         "flow and evaluated model: another flow",
         saved_model(lambda path: evaluate(PPO.load(path), env(1), 1)),
-        r"The actor steers flow \w+, but the env steers flow \w+",
+        r"The model has flow='\w+', but the env has '\w+'",
     ),
     Case(
         "flow and stage 1: another flow",
         lambda folder: model(env()).policy.copy_into(model(env(1))),
-        r"This policy steers flow \w+, but the model's env steers flow \w+",
+        r"The policy has flow='\w+', but the model's env has '\w+'",
     ),
     Case(
         "flow and stage 1: other entries of the noise",
         lambda folder: model(env(steer_mode="act_horizon")).policy.copy_into(model(env())),
-        r"The model's noise shape is \(4, 2\), but this policy's is \(3, 2\): build both with the same",
+        "The policy has steer_mode='act_horizon', but the model's env has 'full'",
     ),
     Case(
         "demos and env, by the flow: control mode",
@@ -209,13 +209,13 @@ CASES = [
     Case(
         "env and PPO.load: gamma",
         saved_model(lambda path: PPO.load(path, env=env(gamma=0.9))),
-        r"Action spaces do not match: NoiseSpace\(.*macro_gamma=0.97.*!= NoiseSpace\(.*macro_gamma=0.729",
+        r"Action spaces do not match: NoiseSpace\(.*gamma=0.99.*!= NoiseSpace\(.*gamma=0.9",
     ),
     Case("env and PPO.load: noise_bound", saved_model(lambda path: PPO.load(path, env=env(noise_bound=2))), "do not match"),
     Case(
         "env and stage 1: gamma",
         lambda folder: model(env()).policy.copy_into(model(env(gamma=0.9))),
-        r"This policy was made for macro_gamma=0.970299, but the model's env discounts with 0.729",
+        r"The policy has gamma=0.99, but the model's env has 0.9",
     ),
     Case(
         "env and PPO: gamma",
@@ -231,6 +231,6 @@ CASES = [
     Case(
         "model with another policy",
         lambda folder: pretrain_latent(PPO("MlpPolicy", env()), rollouts=object()),  # type: ignore[arg-type]
-        r"pretrain_latent expects a model with 'LatentPolicy', found ActorCriticPolicy",
+        r"Stage 1 expects a model with 'LatentPolicy', found ActorCriticPolicy",
     ),
 ]

@@ -1,4 +1,4 @@
-"""The report of compare_baselines.py: results.csv, report.md and plots, from the files of its runs."""
+"""The report of the comparison: results.csv, report.md and plots, from the files of its runs."""
 
 import json
 from collections.abc import Iterable
@@ -8,7 +8,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from compare_methods import ALL, METHODS, RECIPES, TASKS, Method
+
+from compare.methods import ALL, METHODS, RECIPES, Method
+from compare.trial import TASKS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -180,7 +182,7 @@ def _commands(rows: pd.DataFrame, settings: dict[str, Any]) -> str:
     for method in _found(ALL, rows):
         seeds = tuple(sorted(int(seed) for seed in set(rows[rows.method == method].seed)))
         methods.setdefault(seeds, []).append(method)
-    command = f"python examples/compare_baselines.py --env_ids {rows.env_id.iloc[0]}"
+    command = f"python examples/compare/run.py --env_ids {rows.env_id.iloc[0]}"
     flags = "".join(f" --{name} {value}" for name, value in settings.items() if value is not None)
     return "\n".join(
         f"{command} --methods {' '.join(names)} --seeds {' '.join(map(str, seeds))}{flags}" for seeds, names in methods.items()

@@ -1,6 +1,6 @@
 """Latent steering, its controls and SB3 baselines: the same env steps, the same evaluation episodes.
 
-    python examples/compare_baselines.py --env_ids PushCube-v1 --methods prior ticket stage1_stage2 sac_dense --seeds 0 1 2
+    python examples/compare/run.py --env_ids PushCube-v1 --methods prior ticket stage1_stage2 sac_dense --seeds 0 1 2
 
 Each run is a file, runs/compare/<env_id>/<method>/<seed>.json. Finished runs are skipped, so the command can be stopped and
 given again, with more seeds or methods, too; with another budget or other evaluations it needs a folder of its own.
@@ -21,16 +21,20 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from common import EVAL_SEED, cli
-from compare_methods import ALL, GAMMA, METHODS, NO_SEED, TASKS, Task, Trial
-from compare_report import write_report
 from stable_baselines3.common.utils import set_random_seed
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # "common", and this folder as the package "compare"
+
+from common import EVAL_SEED, cli
+
+from compare.methods import ALL, METHODS, NO_SEED
+from compare.report import write_report
+from compare.trial import GAMMA, TASKS, Task, Trial
 from sb3_dsrl import FlowPolicy, VelocityMLP, demo_transitions, evaluate, load_demos, train_critic, train_flow
 from sb3_dsrl.utils.checkpoint import atomic_file
 
-EXAMPLES = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[1]
 SETTINGS = ("budget", "num_envs", "num_eval_episodes")  # that all runs of a folder share
 
 
@@ -41,7 +45,7 @@ class Args:
     env_ids: tuple[str, ...] = tuple(TASKS)
     """Tasks."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Methods; other recipes of stage 1 are in RECIPES of compare_methods.py."""
+    """Methods; other recipes of stage 1 are in RECIPES of methods.py."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each method on each task."""
     budget: int | None = None

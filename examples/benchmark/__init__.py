@@ -1,0 +1,1 @@
+"""Speed against plain versions of the same: ``python examples/benchmark/run.py``."""

@@ -1,0 +1,41 @@
+"""The tables that a benchmark prints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from benchmark.measuring import Args, M, T
+
+
+def print_report(args: Args, report: dict[str, Any]) -> None:
+    """
+    Prints all that was measured.
+
+    :param args: the flags
+    :param report: what ``report.json`` holds
+    """
+    table(f"decode, U-Net, T = {T}, against {report['matmul_gflops']:.0f} GFLOP/s of a matrix product", report["decode"])
+    keys = [key for key in report if key.startswith("stage1_") and key.endswith("speedup")]
+    table(f"stage 1, B = {args.stage1_batch}, M = {M}: times faster than plain", [{key: report[key] for key in keys}])
+    if args.simulate:
+        rows = [
+            {"envs": n, **report["env_steps_per_second"][n], "env_ratio": ratio} for n, ratio in report["env_ratio"].items()
+        ]
+        table("env steps per second: latent env, and stock SubprocVecEnv with raw envs", rows)
+        print(f"cores that step raw envs and never wait for each other: {report['raw_ceiling']:.0f} env steps/s")
+        print(f"128 x 128 images, H = 8, one env: {report['image_speedup']:.1f} times the rate of rendering every step")
+        print(f"8 envs in one worker a core over 8 envs in one worker: {report['cores_gain']:.2f}")
+        table("wall time of learning, quickstart's flow", [report["split"]])
+        table("us per env step beside the physics, batched envs", [report["us_per_env_step"]])
+        print(f"64 envs over 8: {report['growth_64_over_8']:.2f}")
+        table(
+            "success at the end after stage 1 from demos, 500 iterations, fresh and cached candidates",
+            [report["stage1_success"]],
+        )
+    print(f"\n{report['seconds']:.0f} s; all figures are in {args.output}/report.json")
+
+
+def table(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows."""
+    print(f"\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.3g}'.format)}", flush=True)

@@ -1,0 +1,182 @@
+"""Stage 1 with either weighting: noises that rollouts executed, or candidates that the critic scores."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_dsrl.evaluation.rollouts import Rollouts
+from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.networks import EnsembleChunkCritic
+from sb3_dsrl.stage0.critic import train_critic
+from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demos import Demos
+from sb3_dsrl.stage0.features import FeatureTransitions, check_demos_fit, demo_transitions
+from sb3_dsrl.stage1.aw_mle import FitCallback, Records, fit_policy
+from sb3_dsrl.stage1.candidates import Candidates, FreshCandidates, PooledCandidates, Scorer, WeightedCandidates
+from sb3_dsrl.stage1.executed import ExecutedNoise
+from sb3_dsrl.stage1.gate import Gate
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
+from sb3_dsrl.stage1.target import lent, steering_and_policy
+from sb3_dsrl.stage1.value import fit_value
+from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.steering.contract import Contract, check_agreement
+from sb3_dsrl.steering.steering import Steering
+from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
+
+
+def fit_executed(
+    target: SteerablePolicy | BaseAlgorithm,
+    rollouts: Rollouts,
+    settings: ExecutedSettings | None = None,
+    *,
+    policy_kwargs: dict[str, Any] | None = None,
+    gate: Gate | None = None,
+    callback: FitCallback | None = None,
+    callback_freq: int = 100,
+    seed: int | None = None,
+    tensorboard_log: str | Path | None = None,
+    progress_bar: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> LatentPolicy:
+    """
+    Stage 1 from the noises that rollouts executed, weighted by their advantages. It needs neither demos nor a critic.
+
+    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param rollouts: of the frozen flow or of the policy so far, from :func:`~sb3_dsrl.collect_rollouts`
+    :param settings: None is the recommended ones
+    :param policy_kwargs: of the new policy, only when ``target`` is a flow; a model that it is copied into must have the same
+        ``net_arch``
+    :param gate: tests the result on fresh rollouts and keeps the start if that was better; None keeps the result
+    :param callback: called with the number of iterations that are done and the policy, which is in evaluation mode meanwhile;
+        what it draws or changes in the policy does not reach the training
+    :param callback_freq: iterations between two calls
+    :param seed: seeds torch's global generator; None leaves it alone
+    :param tensorboard_log: folder for TensorBoard, or None
+    :param progress_bar: show a progress bar
+    :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
+    :return: the trained policy, in evaluation mode
+    :raises ValueError: if the rollouts do not fit the flow or the env
+    """
+    settings = ExecutedSettings() if settings is None else settings
+    records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq)
+    if seed is not None:
+        th.manual_seed(seed)
+    steering, policy = steering_and_policy(target, rollouts, policy_kwargs)
+    with lent(policy, steering.flow.device):
+        start = deepcopy(policy.state_dict())
+        fit_policy(policy, ExecutedNoise.of(rollouts, steering, settings), settings, records)
+        if gate is not None:
+            gate.decide(policy.eval(), start)
+    return policy
+
+
+def fit_candidates(
+    target: SteerablePolicy | BaseAlgorithm,
+    demos: Demos | str | Path | None = None,
+    rollouts: Rollouts | None = None,
+    settings: CandidateSettings | None = None,
+    *,
+    policy_kwargs: dict[str, Any] | None = None,
+    gate: Gate | None = None,
+    callback: FitCallback | None = None,
+    callback_freq: int = 100,
+    seed: int | None = None,
+    tensorboard_log: str | Path | None = None,
+    progress_bar: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> LatentPolicy:
+    """
+    Stage 1 from candidates: M noises in each state, weighted by what the critic says of the chunks that they become. The
+    states are those of demos and rollouts. If rollouts are given, a copy of the critic is first trained on all of it, so that
+    it has seen failures.
+
+    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param demos: demos, or the path of an ``.h5`` file
+    :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`
+    :param settings: None is the recommended ones
+    :param policy_kwargs: see :func:`fit_executed`, as all that follow
+    :param gate: tests the result
+    :param callback: called with the number of iterations that are done and the policy
+    :param callback_freq: iterations between two calls
+    :param seed: seeds torch's global generator
+    :param tensorboard_log: folder for TensorBoard, or None
+    :param progress_bar: show a progress bar
+    :param checkpoint: keeps the state of the training on disk
+    :return: the trained policy, in evaluation mode
+    :raises ValueError: if there is neither demo nor rollout, they do not fit the flow or each other, or the flow has no
+        trained critic
+    """
+    settings = CandidateSettings() if settings is None else settings
+    records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq)
+    if demos is None and rollouts is None:
+        raise ValueError("Candidates need states: pass demos, rollouts, or both")
+    if seed is not None:
+        th.manual_seed(seed)
+    steering, policy = steering_and_policy(target, rollouts, policy_kwargs)
+    flow = steering.flow
+    if demos is not None:
+        demos = demos if isinstance(demos, Demos) else load_demos(demos)
+        check_demos_fit(flow, demos)
+    _check_rewards_agree(steering, demos, rollouts, settings.warm_start_value)
+    with lent(policy, flow.device):
+        start = deepcopy(policy.state_dict())
+        transitions = _transitions(steering, demos, rollouts)
+        critic = _critic(flow, transitions, rollouts, records)
+        score, cond = Scorer(steering, critic, settings.kappa), transitions.cond.cpu()
+        candidates: Candidates
+        if settings.pool_size is None:
+            candidates = FreshCandidates(score, cond, settings.n_candidates)
+        else:
+            candidates = PooledCandidates.build(score, cond, settings.pool_size, settings.n_candidates, progress_bar)
+        fit_policy(policy, WeightedCandidates(candidates, settings), settings, records)
+        if gate is not None:
+            gate.decide(policy.eval(), start)
+        if settings.warm_start_value:
+            fit_value(policy, steering, critic, cond, settings.batch_size, records)
+    return policy
+
+
+def _check_rewards_agree(steering: Steering, demos: Demos | None, rollouts: Rollouts | None, warm_start_value: bool) -> None:
+    """The critic has learned one kind of reward, and demos are read with its gamma and reward scale."""
+    known, critics = Contract.of(steering.flow), ("gamma", "reward_scale")
+    if rollouts is not None:
+        check_agreement("rollouts", rollouts.contract, "flow's critic", known, critics)
+        if demos is not None:
+            of_demos = replace(known, reward_mode=demos.reward_mode)
+            check_agreement("rollouts", rollouts.contract, "demo file", of_demos, ("reward_mode",))
+    if warm_start_value:
+        check_agreement("env", steering.contract, "critic that warm_start_value uses", known, critics)
+
+
+def _transitions(steering: Steering, demos: Demos | None, rollouts: Rollouts | None) -> FeatureTransitions:
+    flow, parts = steering.flow, []
+    if demos is not None:
+        parts.append(demo_transitions(flow, demos, steering.contract.ignore_terminations))
+    if rollouts is not None:
+        parts.append(rollouts.transitions().to(flow.device))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _critic(
+    flow: SteerablePolicy, transitions: FeatureTransitions, rollouts: Rollouts | None, records: Records
+) -> EnsembleChunkCritic:
+    if flow.critic is None:
+        raise ValueError("This flow has no critic to score candidates with: use weighting='executed' with rollouts")
+    if rollouts is not None:
+        return train_critic(
+            flow,
+            transitions,
+            critic=deepcopy(flow.critic),
+            tensorboard_log=records.tensorboard_log,
+            progress_bar=records.progress_bar,
+            checkpoint=records.checkpoint,
+        )
+    if not flow.critic.updates:
+        raise ValueError("This flow's critic is untrained: call train_critic(flow, demo_transitions(flow, demos)) first")
+    return flow.critic

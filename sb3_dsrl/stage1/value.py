@@ -1,0 +1,45 @@
+"""Warm start of the value network: what the critic says of the policy's own noise."""
+
+from __future__ import annotations
+
+import torch as th
+
+from sb3_dsrl.policies.networks import EnsembleChunkCritic
+from sb3_dsrl.stage1.aw_mle import Records
+from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.steering.steering import Steering
+
+
+def fit_value(
+    policy: LatentPolicy,
+    steering: Steering,
+    critic: EnsembleChunkCritic,
+    cond: th.Tensor,
+    batch_size: int,
+    records: Records,
+    n_iterations: int = 500,
+) -> None:
+    """
+    Fits the value network, and nothing else of the policy, to the critic under the policy.
+
+    :param policy: the latent policy
+    :param steering: decodes its noise
+    :param critic: ensemble chunk critic
+    :param cond: features of the states, (n, C)
+    :param batch_size: states in a batch
+    :param records: where the training is shown and kept
+    :param n_iterations: optimiser steps
+    """
+    params = [*policy.mlp_extractor.value_net.parameters(), *policy.value_net.parameters()]
+    optimizer = th.optim.Adam(params, lr=1e-3)
+    loop = records.loop("stage 1: value", n_iterations, dict(policy=policy, optimizer=optimizer))
+    for _ in loop:
+        batch = cond[th.randint(len(cond), (batch_size,))].to(policy.device)
+        with th.no_grad():
+            chunk = steering.chunk(batch, policy.sample(batch))
+            target = critic(batch, chunk).mean(dim=0)
+        loss = (policy.predict_values(batch).squeeze(-1) - target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loop.log({"stage1/value_loss": loss})

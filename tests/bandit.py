@@ -26,7 +26,7 @@ class TargetCritic(nn.Module):
     """Knows the bandit's reward, up to an offset and a slope in the first feature. Its two heads disagree."""
 
     updates = 1  # hand-made, hence as good as trained
-    first_action = None
+    act_horizon, first_action = 1, None
 
     def __init__(self, offset: float = 0.0, slope: float = 0.0) -> None:
         super().__init__()

@@ -214,7 +214,7 @@ def test_scores_of_noises_are_the_agents(tmp_path: Path) -> None:
     flow = load_awsc_checkpoint(checkpoint.path, **ASKED)
     assert flow.critic is not None
     cond, w = th.randn(6, flow.cond_dim), th.randn(6, 3, T, A)
-    found = score_noises(Steering(flow, 0.9), flow.critic, cond, w, kappa=0.5)
+    found = score_noises(Steering(flow), flow.critic, cond, w, kappa=0.5)
     for m in range(3):
         q = checkpoint.q(cond, checkpoint.act(cond, w[:, m], 8)[:, :H])
         th.testing.assert_close(found[:, m], q.mean(dim=0) - 0.5 * q.std(dim=0, unbiased=False), atol=1e-4, rtol=1e-4)

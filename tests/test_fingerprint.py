@@ -42,12 +42,31 @@ def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [flow.fingerprint() for _ in range(3)] == ["1"] * 3
     flow.net.inlet.bias.data = 2 * flow.net.inlet.bias.data
     assert flow.fingerprint() == "2"
-    flow.load_state_dict(tiny_flow(seed=1).state_dict())
+    flow.load_state_dict(tiny_flow(seed=1).state_dict(), assign=True)
     assert flow.fingerprint() == "3"
     flow.act_horizon = 2
     assert [flow.fingerprint() for _ in range(2)] == ["4"] * 2
     with th.inference_mode():
         assert tiny_flow(seed=2).fingerprint() == "5"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda flow: flow.half().float(),  # the rounded weights may lie where the old ones were
+        lambda flow: th.optim.AdamW(flow.net.parameters(), lr=1e-3).step(),
+        lambda flow: flow.encoder.fit(th.randn(9, 3)),
+    ],
+    ids=["half and back", "optimizer", "statistics"],
+)
+def test_changed_weights_have_another_fingerprint(change: Any) -> None:
+    flow = tiny_flow().requires_grad_(True)
+    before = flow.fingerprint()
+    for parameter in flow.parameters():
+        parameter.grad = th.ones_like(parameter)
+    change(flow)
+    assert flow.fingerprint() != before
+    assert copy.deepcopy(flow).fingerprint() == flow.fingerprint()
 
 
 def test_policies_without_weights_are_told_apart_by_what_they_do() -> None:

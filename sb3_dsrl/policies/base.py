@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch as th
@@ -144,6 +145,15 @@ class SteerablePolicy(nn.Module, ABC):
     def freeze(self: Self) -> Self:
         """Evaluation mode and no gradients, for good. Returns the policy itself."""
         return self.eval().requires_grad_(False)
+
+    def _apply(self: Self, fn: Callable[[th.Tensor], th.Tensor], recurse: bool = True) -> Self:
+        self._fingerprint = None  # other weights may come to lie where these were
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``torch.nn.Module.load_state_dict``."""
+        self._fingerprint = None
+        return super().load_state_dict(*args, **kwargs)
 
     def fingerprint(self) -> str:
         """

@@ -52,10 +52,10 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         raise DemoError(f"{meta_path} mixes control modes {sorted(map(str, modes))}; expected one")
     found_mode = str(modes.pop())
     if control_mode is not None and found_mode != control_mode:
-        raise DemoError(
-            f"{path} holds actions for control_mode={found_mode!r}, expected {control_mode!r}: "
-            f"replay it with `python -m mani_skill.trajectory.replay_trajectory --target-control-mode {control_mode}`"
-        )
+        way = f"replay it with `python -m mani_skill.trajectory.replay_trajectory --target-control-mode {control_mode}`"
+        if control_mode == "pd_ee_delta_pose":  # see the warning below
+            way = f"record it with `python examples/make_demos.py --control-mode {control_mode}`"
+        raise DemoError(f"{path} holds actions for control_mode={found_mode!r}, expected {control_mode!r}: {way}")
     if found_mode == "pd_ee_delta_pose" and not has_source and env_kwargs.keys() >= _REPLAY_KEYS:
         warnings.warn(
             f"{path} looks as if replay_trajectory had converted it to pd_ee_delta_pose: ManiSkill 3.0.1 writes rotations as "
@@ -158,7 +158,7 @@ def _read_episode(path: Path, name: str, group: h5py.Group) -> Episode:
     if np.abs(actions).max() > 1.0 + 1e-4:
         raise DemoError(
             f"{where}/actions reach {np.abs(actions).max():.3g}, expected [-1, 1]: replay the file to a normalised controller "
-            f"such as pd_joint_delta_pos or pd_ee_delta_pose"
+            f"such as pd_joint_delta_pos"
         )
     terminated = series["terminated"]
     return Episode(

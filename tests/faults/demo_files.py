@@ -247,7 +247,7 @@ CASES = [
     Case(
         "another control mode than asked for",
         lambda folder: load_demos(write_demos(folder / "demos.h5", [scripted_episode(3)]), control_mode="pd_ee_delta_pose"),
-        r"demos.h5 holds actions for control_mode='pd_joint_delta_pos', expected 'pd_ee_delta_pose': replay it with "
-        r"`python -m mani_skill.trajectory.replay_trajectory --target-control-mode pd_ee_delta_pose`",
+        r"demos.h5 holds actions for control_mode='pd_joint_delta_pos', expected 'pd_ee_delta_pose': record it with "
+        r"`python examples/make_demos.py --control-mode pd_ee_delta_pose`",
     ),
 ]

@@ -7,6 +7,7 @@ import torch as th
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
 from sb3_dsrl.stage1.aw_mle import Records
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.steering.scores import score_noises
 from sb3_dsrl.steering.steering import Steering
 
 
@@ -36,8 +37,8 @@ def fit_value(
     for _ in loop:
         batch = cond[th.randint(len(cond), (batch_size,))].to(policy.device)
         with th.no_grad():
-            chunk = steering.chunk(batch, policy.sample(batch))
-            target = critic(batch, chunk).mean(dim=0)
+            w = steering.full_noise(policy.sample(batch))[:, None]
+            target = score_noises(steering, critic, batch, w, kappa=0.0)[:, 0]
         loss = (policy.predict_values(batch).squeeze(-1) - target).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()

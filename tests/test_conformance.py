@@ -248,7 +248,9 @@ def test_batched_maniskill_equals_the_gym_form(pair: tuple[VecEnv, LatentSteerin
     env, single = pair
     for seed in (3, 4):
         env.seed(seed)
-        np.testing.assert_allclose(env.reset()[0], single.reset(seed=seed)[0], atol=1e-5)
+        obs, (other, info) = env.reset(), single.reset(seed=seed)
+        np.testing.assert_allclose(obs[0], other, atol=1e-5)
+        assert env.venv.reset_infos[0].keys() == info.keys()  # type: ignore[attr-defined]
         for t, w in enumerate(noises(3, 1, env.steering.flow)):
             obs, rewards, dones, infos = env.step(w)
             other, reward, terminated, truncated, info = single.step(w[0])

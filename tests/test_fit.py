@@ -107,6 +107,28 @@ def test_policy_kwargs_reach_the_policy(rollouts: Rollouts) -> None:
     assert (stage1.pi(th.zeros(1, 2)).distribution.stddev - math.exp(-1)).abs().max() < 1e-6
 
 
+def test_new_policies_start_as_recommended(rollouts: Rollouts) -> None:
+    for mode, std, prior_mix in (("full", 0.45, 0.03), ("shared", 0.3, 0.0)):
+        rollouts = replace(rollouts, contract=replace(rollouts.contract, steer_mode=mode))
+        policy = pretrain_latent(bandit_flow(), rollouts=rollouts, n_iterations=1)
+        assert (policy.pi(th.zeros(1, 2)).distribution.stddev - std).abs().max() < 1e-6
+        assert float(policy.prior_mix) == pytest.approx(prior_mix)
+
+
+def test_the_critic_learns_under_the_decode_that_is_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def watched(*args: Any, critic: Any, num_steps: int | None = None, **kwargs: Any) -> Any:
+        asked.append(num_steps)
+        return critic
+
+    monkeypatch.setattr("sb3_dsrl.stage1.fit.train_critic", watched)
+    flow = tiny_flow()
+    env = FORMS["vec form"](flow, [scripted(time_limit=9)], num_steps=5)
+    pretrain_latent(flow, rollouts=collect_rollouts("prior", env, 2), weighting="candidates", n_iterations=1)
+    assert asked == [5]
+
+
 def test_same_seed_same_policy(rollouts: Rollouts) -> None:
     states = []
     for global_seed, seed in ((0, 3), (1, 3), (2, 4)):

@@ -50,8 +50,8 @@ def fit_executed(
     :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
     :param rollouts: of the frozen flow or of the policy so far, from :func:`~sb3_dsrl.collect_rollouts`
     :param settings: None is the recommended ones
-    :param policy_kwargs: of the new policy, only when ``target`` is a flow; a model that it is copied into must have the same
-        ``net_arch``
+    :param policy_kwargs: of the new policy, beside the recommended ones; only when ``target`` is a flow. A model that it is
+        copied into must have the same ``net_arch``
     :param gate: tests the result on fresh rollouts and keeps the start if that was better; None keeps the result
     :param callback: called with the number of iterations that are done and the policy, which is in evaluation mode meanwhile;
         what it draws or changes in the policy does not reach the training
@@ -127,8 +127,8 @@ def fit_candidates(
     with lent(policy, flow.device):
         start = deepcopy(policy.state_dict())
         transitions = _transitions(steering, demos, rollouts)
-        critic = _critic(flow, transitions, rollouts, records)
-        score, cond = Scorer(steering, critic, settings.kappa), transitions.cond.cpu()
+        critic = _critic(steering, transitions, rollouts, records)
+        score, cond = Scorer(steering, critic, settings.kappa), transitions.cond
         candidates: Candidates
         if settings.pool_size is None:
             candidates = FreshCandidates(score, cond, settings.n_candidates)
@@ -155,17 +155,20 @@ def _check_rewards_agree(steering: Steering, demos: Demos | None, rollouts: Roll
 
 
 def _transitions(steering: Steering, demos: Demos | None, rollouts: Rollouts | None) -> FeatureTransitions:
-    flow, parts = steering.flow, []
+    """On the CPU, whatever device the flow is on: they are many."""
+    parts = []
     if demos is not None:
-        parts.append(demo_transitions(flow, demos, steering.contract.ignore_terminations))
+        of_demos = demo_transitions(steering.flow, demos, steering.contract.ignore_terminations)
+        parts.append(of_demos.to(th.device("cpu")))
     if rollouts is not None:
-        parts.append(rollouts.transitions().to(flow.device))
+        parts.append(rollouts.transitions())
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _critic(
-    flow: SteerablePolicy, transitions: FeatureTransitions, rollouts: Rollouts | None, records: Records
+    steering: Steering, transitions: FeatureTransitions, rollouts: Rollouts | None, records: Records
 ) -> EnsembleChunkCritic:
+    flow = steering.flow
     if flow.critic is None:
         raise ValueError("This flow has no critic to score candidates with: use weighting='executed' with rollouts")
     if rollouts is not None:
@@ -173,6 +176,7 @@ def _critic(
             flow,
             transitions,
             critic=deepcopy(flow.critic),
+            num_steps=steering.contract.num_steps,
             tensorboard_log=records.tensorboard_log,
             progress_bar=records.progress_bar,
             checkpoint=records.checkpoint,

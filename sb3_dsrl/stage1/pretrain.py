@@ -49,8 +49,8 @@ def pretrain_latent(
     :param demos: demos, or the path of an ``.h5`` file; for candidates only
     :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`
     :param weighting: see above; "auto" takes "executed" where there are rollouts
-    :param policy_kwargs: of the new policy, only when ``target`` is a flow; a model that it is copied into must have the same
-        ``net_arch``
+    :param policy_kwargs: of the new policy, beside the recommended ones; only when ``target`` is a flow. A model that it is
+        copied into must have the same ``net_arch``
     :param gate: tests the result on fresh rollouts and keeps the start if that was better; None keeps the result
     :param callback: called with the number of iterations that are done and the policy, which is in evaluation mode meanwhile;
         what it draws or changes in the policy does not reach the training

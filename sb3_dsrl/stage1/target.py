@@ -8,11 +8,12 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_dsrl.evaluation.rollouts import Rollouts
+from sb3_dsrl.evaluation.vec_normalize import normalizers
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.stage2.settings import policy_defaults
 from sb3_dsrl.steering.contract import REWARDS, Contract, check_agreement
 from sb3_dsrl.steering.steering import Steering
 from sb3_dsrl.steering.vec_env import find_steering
@@ -29,7 +30,7 @@ def steering_and_policy(
 
     :param target: a flow, or a model with "LatentPolicy" on a steered env
     :param rollouts: that it will learn from, or None
-    :param policy_kwargs: of the new policy of a flow, or None
+    :param policy_kwargs: of the new policy of a flow, beside the recommended ones
     :return: how noise is steered, and the policy to train
     :raises TypeError: if the target is neither
     :raises ValueError: if the model has another policy, no env, or an env that is not steered or normalises observations; if
@@ -42,7 +43,8 @@ def steering_and_policy(
             contract = rollouts.contract
         steering = Steering(target, contract)
         spaces = steering.observation_space, steering.action_space
-        return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **(policy_kwargs or {}))
+        kwargs = policy_defaults(contract.steer_mode) | (policy_kwargs or {})
+        return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **kwargs)
     if not isinstance(target, BaseAlgorithm):
         raise TypeError(f"Stage 1 expects a FlowPolicy or a model with 'LatentPolicy', found {type(target).__name__}")
     if policy_kwargs is not None:
@@ -52,7 +54,11 @@ def steering_and_policy(
     env = target.get_env()
     if env is None:
         raise ValueError("Stage 1 needs the model's env to find the flow: call model.set_env(env) first")
-    _check_features_are_raw(env)
+    if any(layer.norm_obs for layer in normalizers(env)):
+        raise ValueError(
+            "The model's env normalises the flow's features, which are normalised already, and stage 1 learns from them as "
+            "they are: use VecNormalize(..., norm_obs=False)"
+        )
     steering = find_steering(env)
     if rollouts is not None:
         check_agreement("rollouts", rollouts.contract, "model's env", steering.contract, ROLLOUTS)
@@ -61,17 +67,6 @@ def steering_and_policy(
         if entries != expected and not (mode == "act_horizon" and entries == steering.flow.pred_horizon):
             raise ValueError(f"The rollouts steer {entries} entries of the noise, expected {expected}: see steer_mode")
     return steering, target.policy
-
-
-def _check_features_are_raw(env: VecEnv) -> None:
-    layer = env
-    while isinstance(layer, VecEnvWrapper):
-        if isinstance(layer, VecNormalize) and layer.norm_obs:
-            raise ValueError(
-                "The model's env normalises the flow's features, which are normalised already, so that its policy would see "
-                "others than stage 1 learns from: use VecNormalize(..., norm_obs=False)"
-            )
-        layer = layer.venv
 
 
 @contextmanager

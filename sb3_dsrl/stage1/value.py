@@ -37,8 +37,8 @@ def fit_value(
     for _ in loop:
         batch = cond[th.randint(len(cond), (batch_size,))].to(policy.device)
         with th.no_grad():
-            w = steering.full_noise(policy.sample(batch))
-            target = score_noises(steering, critic, batch, w[:, None], kappa=0.0)[:, 0]
+            w = steering.full_noise(policy.sample(batch))[:, None]
+            target = score_noises(steering, critic, batch, w, kappa=0.0)[:, 0]
         loss = (policy.predict_values(batch).squeeze(-1) - target).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -219,7 +219,7 @@ CASES = [
     ),
     Case(
         "env and PPO: gamma",
-        lambda folder: model(env(), gamma=0.99),
+        lambda folder: model(env(), gamma=0.99).learn(1),
         r"PPO discounts with gamma=0.99 per macro-step, but the env's macro-step discount is 0.970299: pass gamma=env.macro",
         UserWarning,
     ),

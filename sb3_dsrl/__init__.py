@@ -38,6 +38,7 @@ from sb3_dsrl.stage2.gamma_check import install_gamma_check
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
 from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
+from sb3_dsrl.stage2.steered_policy import SteeredPolicy
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
 from sb3_dsrl.steering.noise_space import NoiseSpace
@@ -69,6 +70,7 @@ __all__ = [
     "LatentPolicy",
     "LatentSteeringWrapper",
     "SteerablePolicy",
+    "SteeredPolicy",
     "NoiseSpace",
     "ResumeCallback",
     "Rollouts",

@@ -234,7 +234,9 @@ def gym_steered(flow: FlowPolicy, envs: Sequence[gym.Env], **kwargs: Any) -> Vec
 
 def vec_steered(flow: FlowPolicy, envs: Sequence[gym.Env], **kwargs: Any) -> VecEnv:
     """VecLatentSteering over a DummyVecEnv of ActionChunkWrapper."""
-    chunk_kwargs = {key: kwargs.pop(key) for key in ("gamma", "ignore_terminations", "reward_scale") if key in kwargs}
+    chunk_kwargs = {
+        key: kwargs.pop(key) for key in ("gamma", "ignore_terminations", "reward_scale", "cut_at_time_limit") if key in kwargs
+    }
     chunk_envs = [lambda env=env: ActionChunkWrapper(env, flow.act_horizon, flow.obs_horizon, **chunk_kwargs) for env in envs]
     return VecLatentSteering(DummyVecEnv(chunk_envs), flow, **kwargs)
 

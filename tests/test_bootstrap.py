@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_dsrl import ExactBootstrap, FlowPolicy, LatentSteeringWrapper, VecLatentSteering
 from sb3_dsrl.steering.vec_env import find_steering
-from tests.envs import gym_steered, numbered, scripted
+from tests.envs import FORMS, gym_steered, numbered, scripted
 
 GAMMA, H, N_STEPS, LAMBDA = 0.9, 3, 12, 0.8
 
@@ -112,6 +112,16 @@ def test_it_does_nothing_where_all_chunks_are_whole(flow: FlowPolicy) -> None:
     assert any(info["TimeLimit.truncated"] for step in given for info in step["infos"])
     for name in ("rewards", "advantages", "returns"):
         np.testing.assert_array_equal(getattr(plain.rollout_buffer, name), getattr(exact.rollout_buffer, name))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_time_limits_that_cut_chunks(form: str, flow: FlowPolicy) -> None:
+    """The envs for which it is made: 10 env steps are three chunks of 3 and one of 1."""
+    envs = [scripted(10, episode_lengths=(7, 100), random_start=True) for _ in range(2)]
+    model, given = collected(FORMS[form](flow, envs, gamma=GAMMA, cut_at_time_limit=True), exact=True)
+    assert {step["infos"][0]["chunk_length"] for step in given if step["infos"][0]["TimeLimit.truncated"]} == {1}
+    for i in range(2):
+        np.testing.assert_allclose(model.rollout_buffer.advantages[:, i], reference(model, given, i), atol=1e-4)
 
 
 def test_a_lost_worker_leaves_no_trace_in_the_advantages(flow: FlowPolicy, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Models and policies on disk: saved, loaded and going on."""
 
+import json
 import pathlib
 
 import numpy as np
 import pytest
 import torch as th
+from safetensors import safe_open
 from stable_baselines3 import PPO
 
 from sb3_dsrl import LatentPolicy
+from sb3_dsrl.stage2.optimizers import RMSpropLrScale
 from tests.envs import FORMS, tiny_flow
 from tests.models import N_STEPS, ON_POLICY, features, small, steered, weights
 
@@ -88,3 +91,38 @@ def test_random_state_travels_as_in_the_tests_of_sb3(cls, tmp_path: pathlib.Path
     for name, value in loaded.policy.state_dict().items():
         assert th.equal(value, state[name]), name
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], before)
+
+
+def test_policy_file_is_safetensors_and_json(tmp_path: pathlib.Path, env):
+    """Any name will do, and nothing in it is a pickle."""
+    keywords = dict(activation_fn=th.nn.ELU, net_arch=dict(pi=[8, 4], vf=[6]), optimizer_class=th.optim.RMSprop)
+    policy = small(env, policy_kwargs=keywords).policy
+    policy.save(tmp_path / "stage1.pt")
+    with safe_open(tmp_path / "stage1.pt", "pt") as file:
+        config = json.loads(file.metadata()["latent_policy"])
+        assert set(file.keys()) == set(policy.state_dict())
+    assert (config["activation_fn"], config["optimizer_class"]) == ("ELU", "RMSpropLrScale")
+    assert config["action_space"]["contract"] == policy.action_space.contract.as_dict()
+    loaded = LatentPolicy.load(tmp_path / "stage1.pt", "cpu")
+    assert loaded.action_space == policy.action_space and loaded.observation_space == policy.observation_space
+    assert (loaded.net_arch, loaded.activation_fn) == (keywords["net_arch"], th.nn.ELU)
+    assert isinstance(loaded.optimizer, RMSpropLrScale)
+    assert weights(loaded) == weights(policy)
+
+
+def test_policy_of_an_unsteered_env_travels_too(tmp_path: pathlib.Path):
+    with pytest.warns(UserWarning, match="nothing is steered"):
+        policy = PPO("LatentPolicy", "Pendulum-v1", n_steps=4, batch_size=4).policy
+        policy.save(tmp_path / "policy")
+        loaded = LatentPolicy.load(tmp_path / "policy")
+    assert loaded.action_space == policy.action_space and loaded.observation_space == policy.observation_space
+
+
+def test_copy_draws_no_random_numbers(env):
+    policy = small(env).learn(2 * N_STEPS).policy
+    before = th.get_rng_state()
+    copied = policy.copy()
+    assert th.equal(th.get_rng_state(), before) and weights(copied) == weights(policy)
+    with th.no_grad():
+        copied.action_net.bias.add_(1.0)
+    assert weights(copied) != weights(policy)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_device
 from torch import nn
@@ -20,40 +18,12 @@ from torch.distributions import Normal
 
 from sb3_dsrl.stage2.distributions import PriorMixtureDistribution
 from sb3_dsrl.stage2.optimizers import SCALED, AdamLrScale, LrScale
-from sb3_dsrl.steering.contract import PLAYING, Contract, check_agreement
+from sb3_dsrl.stage2.policy_file import from_config, read_policy_file, to_config, write_policy_file
+from sb3_dsrl.steering.contract import PLAYING, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
-from sb3_dsrl.utils.checkpoint import atomic_file
-from sb3_dsrl.utils.integrity import load_data, one_line
+from sb3_dsrl.utils.integrity import one_line
 
 LOG_STD_RANGE = (-5.0, 2.0)
-
-
-def _dummy_schedule_only(owner: Any, name: str) -> Any:
-    if owner is not BasePolicy or name != "_dummy_schedule":
-        raise UnpicklingError(f"Unsupported global: GLOBAL {owner}.{name}")
-    return BasePolicy._dummy_schedule
-
-
-#: What a saved policy holds beside tensors, numbers, strings and containers: its spaces, and what it is built of.
-SAVED_TYPES: list[Any] = [
-    spaces.Box,
-    NoiseSpace,
-    Contract,
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.bool_)},
-    # NumPy 1 and 2 call the functions that make arrays and scalars differently; whichever this is, it reads both
-    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    # the generator of a space that was sampled
-    *(np.random.Generator, np.random.PCG64, np.random.default_rng().__reduce__()[0], np.random.PCG64().__reduce__()[0]),
-    BasePolicy,
-    (_dummy_schedule_only, "builtins.getattr"),  # that is how pickle names a static method of SB3
-    FlattenExtractor,
-    *SCALED,
-    *SCALED.values(),
-    *(kind for kind in vars(th.nn.modules.activation).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
-]
 
 
 class LatentPolicy(ActorCriticPolicy):
@@ -169,34 +139,55 @@ class LatentPolicy(ActorCriticPolicy):
         )
         return data
 
+    def config(self) -> dict[str, Any]:
+        """
+        Constructor arguments as plain values, for JSON.
+
+        :raises ValueError: if one of them cannot be written, an ``optimizer_class`` of your own, say
+        """
+        arguments = self._get_constructor_parameters()
+        for name in ("lr_schedule", "use_sde", "squash_output", "full_std", "use_expln"):  # always the same
+            del arguments[name]
+        return to_config(arguments)
+
     def save(self, path: str | Path) -> None:  # type: ignore[override]
         """
-        Saves weights and constructor arguments.
+        Saves weights and constructor arguments: safetensors with JSON in the header.
 
-        :param path: the file
-        :raises OSError: if it cannot be written, because the disk is full, say
+        :param path: the file, of any name
+        :raises ValueError: if an argument cannot be written, see :meth:`config`
+        :raises OSError: if the file cannot be written, because the disk is full, say
         """
-        with atomic_file(Path(path)) as file:
-            super().save(file)  # type: ignore[arg-type]
+        write_policy_file(path, self.config(), self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path, device: th.device | str = "auto") -> LatentPolicy:  # type: ignore[override]
         """
-        Loads what ``save`` wrote. Unlike SB3's own ``load`` it runs no code in the file; classes of your own, an
-        ``activation_fn`` say, have to be allowed with ``torch.serialization.add_safe_globals``.
+        Loads what ``save`` wrote. Unlike SB3's own ``load`` it runs no code in the file.
 
         :param path: the file
         :param device: for the policy
         :raises FileNotFoundError: if there is no such file
         :raises ValueError: if it does not hold a LatentPolicy or is damaged
         """
-        saved = load_data(path, SAVED_TYPES)
+        config, tensors = read_policy_file(path)
         try:
-            policy = cls(**saved["data"])
-            policy.load_state_dict(saved["state_dict"])
+            policy = cls(lr_schedule=cls._dummy_schedule, **from_config(config))
+            policy.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{path} does not hold a LatentPolicy ({one_line(error)})") from error
         return policy.to(get_device(device))
+
+    def copy(self, **changes: Any) -> LatentPolicy:
+        """
+        A policy of its own with the same weights, without the state of the optimiser.
+
+        :param changes: constructor arguments that differ
+        """
+        with th.random.fork_rng(devices=[]):  # building networks draws numbers
+            policy = type(self)(**(self._get_constructor_parameters() | changes))
+        policy.load_state_dict(self.state_dict())
+        return policy.to(self.device)
 
     @property
     def flow_hash(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +79,18 @@ def check_zip(path: str | Path) -> None:
         raise ValueError(f"{path} is damaged: its part {bad!r} does not fit its checksum")
 
 
-def load_data(path: str | Path, allowed: Sequence[Any] = ()) -> Any:
+def load_data(path: str | Path) -> Any:
     """
-    Reads a file of ``torch.save``. It may hold tensors, numbers, strings, containers and what is allowed explicitly; no code
-    in it is ever executed.
+    Reads a file of ``torch.save``. It may hold tensors, numbers, strings and containers; no code in it is ever executed.
 
     :param path: the file
-    :param allowed: further classes and functions that it may name, see ``torch.serialization.add_safe_globals``
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is no such file, damaged, or holds something else
     """
     try:
         if zipfile.is_zipfile(path):  # torch before 1.6 wrote files without checksums
             check_zip(path)
-        with th.serialization.safe_globals(list(allowed)):
-            return th.load(path, map_location="cpu", weights_only=True)
+        return th.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist; expected a checkpoint") from error
     except Exception as error:  # what a damaged pickle raises depends on the byte

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
+from safetensors.torch import save_file
 from stable_baselines3 import PPO
 
 from sb3_dsrl import LatentPolicy, ppo_kwargs
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
+from sb3_dsrl.stage2.policy_file import read_policy_file, write_policy_file
 from sb3_dsrl.utils.integrity import check_zip
 from tests.envs import scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
-from tests.faults.demo_files import flip_contents
+from tests.faults.demo_files import flip, flip_contents
 from tests.faults.flow_files import cut
 from tests.test_awsc import ASKED, Checkpoint
 
+NO_POLICY = " is no file of LatentPolicy.save, or it is damaged"
 NO_CHECKPOINT = r" is not a checkpoint of tensors: it is damaged or holds code, which is never run"
 
 
@@ -78,13 +81,13 @@ def policy_file(change: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return play
 
 
-def policy_content(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
-    """Changes what is in the file of a latent policy and loads it."""
+def policy_content(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    """Changes what is in the file of a latent policy, constructor arguments and tensors, and loads it."""
 
     def edit(path: Path) -> None:
-        content = th.load(path, weights_only=False)
-        change(content)
-        th.save(content, path)
+        config, tensors = read_policy_file(path)
+        change(config, tensors)
+        write_policy_file(path, config, tensors)
 
     return policy_file(edit)
 
@@ -108,23 +111,30 @@ def code_in_agent(folder: Path) -> None:
         assert not (folder / "hacked").exists()
 
 
-def code_in_policy(folder: Path) -> None:
+def pickle_in_place_of_policy(folder: Path) -> None:
     try:
-        policy_content(lambda content: content["data"].update(net_arch=Malicious(folder / "hacked")))(folder)
+        policy_file(lambda path: th.save(Malicious(folder / "hacked"), path))(folder)
     finally:
         assert not (folder / "hacked").exists()
 
 
-def getattr_in_policy(folder: Path) -> None:
-    class Innocent:
-        def __reduce__(self) -> Any:
-            return getattr, (LatentPolicy, "load")
+def policy_with(**policy_kwargs: Any) -> Callable[[Path], Any]:
+    """Saves a latent policy that was built with these."""
 
-    policy_content(lambda content: content["data"].update(net_arch=Innocent()))(folder)
+    def play(folder: Path) -> None:
+        env = vec_steered(tiny_flow(), [scripted()])
+        kwargs = ppo_kwargs(env, n_steps=4, batch_size=4, policy_kwargs=policy_kwargs)
+        PPO("LatentPolicy", env, **kwargs).policy.save(folder / "stage1.pt")
+
+    return play
 
 
 class Unknown(th.nn.ReLU):
     """An activation that only this file knows."""
+
+
+class UnknownOptimizer(th.optim.Adam):
+    """An optimiser that only this file knows."""
 
 
 CASES = [
@@ -184,40 +194,55 @@ CASES = [
     ),
     Case("agent: odd pred_horizon", agent(lambda file: None, pred_horizon=7), "pred_horizon must be a multiple of 2, found 7"),
     Case("agent: gamma not told", agent(lambda file: None, gamma=None), "agent.pt does not tell gamma: pass it"),
-    Case("latent policy: no file", policy_file(Path.unlink), "stage1.pt does not exist; expected a ch", FileNotFoundError),
-    Case("latent policy: text", policy_file(lambda path: path.write_text("not a policy")), "stage1.pt" + NO_CHECKPOINT),
-    Case("latent policy: cut short", policy_file(cut), "stage1.pt" + NO_CHECKPOINT),
+    Case("latent policy: no file", policy_file(Path.unlink), "stage1.pt does not exist; expected a fi", FileNotFoundError),
+    Case("latent policy: text", policy_file(lambda path: path.write_text("not a policy")), "stage1.pt" + NO_POLICY),
+    Case("latent policy: empty file", policy_file(lambda path: path.write_bytes(b"")), "stage1.pt" + NO_POLICY),
+    Case("latent policy: cut short", policy_file(cut), "stage1.pt" + NO_POLICY),
     Case(
         "latent policy: bit flipped",
-        policy_file(flip_contents),
-        "stage1.pt is damaged: its part .* checksum",
+        policy_file(lambda path: flip(path, path.stat().st_size - 3)),
+        "stage1.pt is damaged: its contents do not fit",
     ),
-    Case("latent policy: code in the pickle", code_in_policy, r"stage1.pt" + NO_CHECKPOINT + r" \(it holds posix.system\)"),
-    Case("latent policy: getattr in the pickle", getattr_in_policy, r"stage1.pt" + NO_CHECKPOINT),
+    Case("latent policy: a pickle", pickle_in_place_of_policy, "stage1.pt" + NO_POLICY),
+    Case(
+        "latent policy: other safetensors",
+        policy_file(lambda path: save_file({"w": th.zeros(2)}, path)),
+        "stage1.pt does not hold a LatentPolicy: it is a safetensors file without the header 'latent_policy'",
+    ),
     Case(
         "latent policy: class that is not known",
-        policy_content(lambda content: content["data"].update(activation_fn=Unknown)),
-        r"stage1.pt" + NO_CHECKPOINT + r" \(it holds tests.faults.other_files.Unknown\)",
+        policy_content(lambda config, tensors: config.update(activation_fn="Unknown")),
+        r"stage1.pt does not hold a LatentPolicy \(activation_fn='Unknown' is unknown\)",
+    ),
+    Case(
+        "latent policy: an argument is missing",
+        policy_content(lambda config, tensors: config.pop("action_space")),
+        r"stage1.pt does not hold a LatentPolicy \('action_space'\)",
+    ),
+    Case(
+        "latent policy: activation of one's own saved",
+        policy_with(activation_fn=Unknown),
+        "activation_fn=<class '.*Unknown'> cannot be saved: only names of torch, SB3 and this package",
+    ),
+    Case(
+        "latent policy: optimiser of one's own saved",
+        policy_with(optimizer_class=UnknownOptimizer, value_lr=None),
+        "optimizer_class=<class '.*UnknownOptimizer'> cannot be saved: only names of torch, SB3 and this package",
     ),
     Case(
         "latent policy: tensor missing",
-        policy_content(lambda content: content["state_dict"].pop("value_net.bias")),
+        policy_content(lambda config, tensors: tensors.pop("value_net.bias")),
         'stage1.pt does not hold a LatentPolicy .*Missing key.*"value_net.bias"',
     ),
     Case(
         "latent policy: tensor too many",
-        policy_content(lambda content: content["state_dict"].update(surplus=th.zeros(1))),
+        policy_content(lambda config, tensors: tensors.update(surplus=th.zeros(1))),
         'stage1.pt does not hold a LatentPolicy .*Unexpected key.*"surplus"',
     ),
     Case(
         "latent policy: tensor of another shape",
-        policy_content(lambda content: content["state_dict"].update({"value_net.bias": th.zeros(2)})),
+        policy_content(lambda config, tensors: tensors.update({"value_net.bias": th.zeros(2)})),
         "stage1.pt does not hold a LatentPolicy .*size mismatch for value_net.bias",
-    ),
-    Case(
-        "latent policy: a dict of other things",
-        policy_file(lambda path: th.save({"agent": {}}, path)),
-        "stage1.pt does not hold a LatentPolicy",
     ),
     Case("PPO: no file", model_file(Path.unlink), "model.zip does not exist; expected a model", FileNotFoundError),
     Case("PPO: text", model_file(lambda path: path.write_text("no zip")), "model.zip is no zip file, or it is damaged or cut"),

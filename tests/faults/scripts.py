@@ -161,13 +161,13 @@ CASES = [
     bad("--prior_mix_ratio 2", r"prior_mix must lie in \[0, 1\], found 2.0", *ONLINE, "--prior_mix_ratio", 2, prepare=flow()),
     bad(
         "no stage 1",
-        "none.pt does not exist; expected a checkpoint",
+        "none.pt does not exist; expected a file written by LatentPolicy.save",
         *(*ONLINE, "--stage1_checkpoint", "none.pt"),
         prepare=flow(),
     ),
     bad(
         "stage 1 that is none",
-        "flow/config.json is not a checkpoint of tensors",
+        "flow/config.json is no file of LatentPolicy.save, or it is damaged",
         *(*ONLINE, "--stage1_checkpoint", "flow/config.json"),
         prepare=flow(),
     ),

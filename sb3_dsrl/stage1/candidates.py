@@ -162,11 +162,11 @@ class PooledCandidates:
         else:
             index = th.randint(len(bank), (n, pool_size), dtype=th.int32)
         states_at_once = max(1, MAX_NOISES // pool_size)
-        q = []
+        q = th.empty(n, pool_size)
         for i in tqdm(range(0, n, states_at_once), desc="stage 1: candidates", disable=not progress_bar):
             block = slice(i, i + states_at_once)
-            q.append(score(cond[block], _completed(steering, bank[index[block].long()])))
-        return cls(cond, bank, index, th.cat(q), n_candidates)
+            q[block] = score(cond[block], _completed(steering, bank[index[block].long()]))
+        return cls(cond, bank, index, q, n_candidates)
 
     def sample(self, batch_size: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         state = th.randint(len(self.cond), (batch_size, 1))

@@ -14,8 +14,11 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_dsrl import (
     ActionChunkWrapper,
+    EnsembleChunkCritic,
+    FlowPolicy,
     Gate,
     LatentSteeringWrapper,
+    StateEncoder,
     SteerabilityReport,
     SteerablePolicy,
     VecLatentSteering,
@@ -24,10 +27,11 @@ from sb3_dsrl import (
     steerability,
 )
 from sb3_dsrl.evaluation import steerability as steerability_module
+from sb3_dsrl.steering.steering import Steering
 from tests.demo_files import write_demos
 from tests.envs import FORMS, ScriptedEnv, tiny_flow
 from tests.test_images import image_flow, write_image_demos
-from tests.toys import BanditEnv, KnownCritic, linear_flow, mean_flow
+from tests.toys import BanditEnv, KnownCritic, LinearVelocity, linear_flow, mean_flow
 
 TARGET = np.array([0.5, -0.3])
 
@@ -295,6 +299,18 @@ def test_auc_of_the_critic_against_all_pairs(monkeypatch: pytest.MonkeyPatch) ->
     difference = scores[success][:, None] - scores[~success]
     assert report.auc_first_chunk == pytest.approx(((difference > 0) + 0.5 * (difference == 0)).mean())
     assert (difference == 0).any() and report.auc_episode == report.auc_first_chunk  # episodes of one macro-step
+
+
+def test_a_critic_of_a_foreign_policy_judges_the_part_of_the_chunk_that_it_knows() -> None:
+    """T = 3, of which the entries 1 and 2 are executed; this critic scores the entries 0 and 1 (faults: off by one action)."""
+    flow = FlowPolicy(StateEncoder(2, 1), LinearVelocity(2, 3, 2), act_horizon=2, action_offset=1, num_steps=1).freeze()
+    critic = EnsembleChunkCritic(2, 2, 2, n_heads=2, width=8, first_action=0)
+    cond, w = th.randn(5, 2), th.randn(5, 3, 2).clamp(-1, 1)  # this flow decodes noise to itself
+    found = steerability_module._scores(Steering(flow), critic, cond, w[:, 1:], w, kappa=1.0)
+    th.testing.assert_close(found, critic.get_ucb_q(cond, w[:, :2], 1.0))
+    critic.first_action = None
+    found = steerability_module._scores(Steering(flow), critic, cond, w[:, 1:], w, kappa=1.0)
+    th.testing.assert_close(found, critic.get_ucb_q(cond, w[:, 1:], 1.0))
 
 
 def test_text_json_and_figure(solved_by_a_noise: SteerabilityReport, tmp_path: Path) -> None:

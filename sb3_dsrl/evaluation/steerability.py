@@ -26,6 +26,7 @@ from sb3_dsrl.policies.networks import EnsembleChunkCritic
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.demos import Demos, chunks_from_now
 from sb3_dsrl.stage0.features import check_demos_fit, encode_demos
+from sb3_dsrl.steering.scores import score_noises
 from sb3_dsrl.steering.steering import Steering
 from sb3_dsrl.steering.vec_env import find_steering
 
@@ -103,7 +104,7 @@ def steerability(
         other = test("prior again", "prior", noise_seed=seed)
     else:
         other = test(f"best_of_{n_candidates}", best_of)
-    auc_first, auc_episode = (None, None) if critic is None else _critic_auc(critic, rollouts, kappa)
+    auc_first, auc_episode = (None, None) if critic is None else _critic_auc(steering, critic, rollouts, kappa)
     return SteerabilityReport(
         base=replace(rollouts.result, name="prior"),
         zero=zero,
@@ -170,14 +171,25 @@ def _split(episodes: int, n_tickets: int) -> tuple[int, int, tuple[tuple[int, in
 
 
 @th.no_grad()
-def _critic_auc(critic: EnsembleChunkCritic, rollouts: Rollouts, kappa: float) -> tuple[float | None, float | None]:
-    device = next(critic.parameters()).device
-    blocks = zip(rollouts.cond.split(BLOCK), rollouts.chunk.split(BLOCK), strict=True)
-    scores = [critic.get_ucb_q(cond.to(device), chunk.to(device), kappa).cpu() for cond, chunk in blocks]
-    score = th.cat(scores).numpy()
+def _critic_auc(
+    steering: Steering, critic: EnsembleChunkCritic, rollouts: Rollouts, kappa: float
+) -> tuple[float | None, float | None]:
+    blocks = zip(*(x.split(BLOCK) for x in (rollouts.cond, rollouts.chunk, rollouts.w)), strict=True)
+    score = th.cat([_scores(steering, critic, *block, kappa).cpu() for block in blocks]).numpy()
     first = np.flatnonzero(np.diff(rollouts.episode, prepend=-1))
     mean = np.bincount(rollouts.episode, weights=score) / np.bincount(rollouts.episode)
     return _auc(score[first], rollouts.success_at_end), _auc(mean, rollouts.success_at_end)
+
+
+def _scores(
+    steering: Steering, critic: EnsembleChunkCritic, cond: th.Tensor, chunk: th.Tensor, w: th.Tensor, kappa: float
+) -> th.Tensor:
+    """Of the chunks that were executed; a critic that scores another part of them sees the noises decoded again."""
+    device = next(critic.parameters()).device
+    if critic.first_action in (None, steering.flow.action_offset):
+        return critic.get_ucb_q(cond.to(device), chunk.to(device), kappa)
+    noise = steering.full_noise(w.to(device))[:, None]
+    return score_noises(steering, critic, cond.to(device), noise, kappa)[:, 0]
 
 
 def _auc(score: np.ndarray, success: np.ndarray) -> float | None:

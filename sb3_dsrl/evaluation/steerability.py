@@ -174,8 +174,8 @@ def _split(episodes: int, n_tickets: int) -> tuple[int, int, tuple[tuple[int, in
 def _critic_auc(
     steering: Steering, critic: EnsembleChunkCritic, rollouts: Rollouts, kappa: float
 ) -> tuple[float | None, float | None]:
-    blocks = zip(*(x.split(BLOCK) for x in (rollouts.cond, rollouts.chunk, rollouts.w)), strict=True)
-    score = th.cat([_scores(steering, critic, *block, kappa).cpu() for block in blocks]).numpy()
+    blocks = zip(rollouts.cond.split(BLOCK), rollouts.chunk.split(BLOCK), rollouts.w.split(BLOCK), strict=True)
+    score = th.cat([_scores(steering, critic, cond, chunk, w, kappa).cpu() for cond, chunk, w in blocks]).numpy()
     first = np.flatnonzero(np.diff(rollouts.episode, prepend=-1))
     mean = np.bincount(rollouts.episode, weights=score) / np.bincount(rollouts.episode)
     return _auc(score[first], rollouts.success_at_end), _auc(mean, rollouts.success_at_end)

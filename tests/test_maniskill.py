@@ -13,6 +13,7 @@ import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env  # noqa: F401  an error message names it, and it must work
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_dsrl import (
@@ -136,6 +137,22 @@ def test_ppo_learns_and_evaluates(env_id: str, workers: VecEnv) -> None:
     model.learn(16)
     result = evaluate(model, workers, episodes=3)
     assert result.episodes == 3 and result.mean_length == 10 and 0 < result.mean_return < 10
+
+
+def test_make_vec_env_of_sb3() -> None:
+    """It wraps Monitor(env) in the wrapper; an episode of 50 env steps is 13 chunks of 4."""
+    venv = make_vec_env(
+        "PushCube-v1",
+        seed=0,
+        env_kwargs=MODES,
+        wrapper_class=LatentSteeringWrapper,
+        wrapper_kwargs=dict(flow=flow_for("PushCube-v1")),
+    )
+    model = PPO("LatentPolicy", venv, **ppo_kwargs(venv, n_steps=16, n_epochs=1)).learn(16)
+    assert [episode["l"] for episode in model.ep_info_buffer] == [13]
+    returns, lengths = evaluate_policy(model, venv, 1, return_episode_rewards=True)
+    assert lengths == [13] and 0 < returns[0] < 13 * 4
+    venv.close()
 
 
 def test_same_seed_same_episodes(workers: VecEnv) -> None:

@@ -42,7 +42,7 @@ def test_on_policy_algorithms_learn(cls, form: str, flow):
     assert all(value.isfinite().all() for value in model.policy.parameters())
     assert weights(flow) == before and not flow.training
     assert all(not p.requires_grad and p.grad is None for p in flow.parameters())
-    assert flow.fingerprint() == model.policy.flow_hash
+    assert flow.fingerprint() == model.policy.contract.flow_hash
 
 
 @pytest.mark.parametrize("cls", [SAC, TQC])
@@ -87,7 +87,7 @@ def test_callbacks_monitor_progress_bar_and_tensorboard(tmp_path: pathlib.Path, 
     assert {path.name for path in tmp_path.glob("step*")} == {"step_16_steps.zip", "step_32_steps.zip"}
     evaluations = np.load(tmp_path / "evaluations.npz")
     assert evaluations["results"].shape == (4, 2) and evaluations["successes"].shape == (4, 2)
-    assert PPO.load(tmp_path / "best_model", env=env).policy.flow_hash == flow.fingerprint()
+    assert PPO.load(tmp_path / "best_model", env=env).policy.contract.flow_hash == flow.fingerprint()
     assert list((tmp_path / "tb").glob("PPO_1/events*"))
 
 
@@ -107,7 +107,7 @@ def test_success_rate_is_logged(tmp_path: pathlib.Path, flow):
 def test_vec_normalize(form: str, tmp_path: pathlib.Path, flow):
     env = VecNormalize(steered(flow, form=form), gamma=0.99**3)
     model = small(env).learn(4 * N_STEPS)
-    assert not np.allclose(env.obs_rms.mean, 0) and model.policy.flow_hash == flow.fingerprint()
+    assert not np.allclose(env.obs_rms.mean, 0) and model.policy.contract.flow_hash == flow.fingerprint()
     env.save(tmp_path / "stats.pkl")
     model.save(tmp_path / "model")
     again = VecNormalize.load(tmp_path / "stats.pkl", steered(flow, form=form))

@@ -72,7 +72,7 @@ def test_returned_policy_saves_loads_and_copies(rollouts: Rollouts, tmp_path: Pa
     flow = bandit_flow()
     stage1 = pretrain_latent(flow, rollouts=rollouts, **QUICK)
     assert isinstance(stage1, LatentPolicy) and not stage1.training
-    assert stage1.flow_hash == flow.fingerprint()
+    assert stage1.contract.flow_hash == flow.fingerprint()
     stage1.save(tmp_path / "stage1.pt")
     loaded = LatentPolicy.load(tmp_path / "stage1.pt")
     model = bandit_model(flow, policy_kwargs=SMALL | dict(prior_mix=0.1))

@@ -67,7 +67,7 @@ def test_stage_0(runs: Path) -> None:
 
 def test_stage_1(runs: Path) -> None:
     policy = LatentPolicy.load(str(runs / "runs" / "b" / "stage1.pt"))
-    assert policy.flow_hash == FlowPolicy.from_pretrained(runs / "runs" / "a" / "flow").fingerprint()
+    assert policy.contract.flow_hash == FlowPolicy.from_pretrained(runs / "runs" / "a" / "flow").fingerprint()
     assert report(runs, "b")["env_steps"] == 2 * 12
     assert [row["name"] for row in report(runs, "b")["rows"]] == ["prior", "stage1", "stage1_stochastic"]
 

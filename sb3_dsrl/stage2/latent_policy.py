@@ -19,7 +19,7 @@ from torch.distributions import Normal
 from sb3_dsrl.stage2.distributions import PriorMixtureDistribution
 from sb3_dsrl.stage2.optimizers import SCALED, AdamLrScale, LrScale
 from sb3_dsrl.stage2.policy_file import from_config, read_policy_file, to_config, write_policy_file
-from sb3_dsrl.steering.contract import PLAYING, check_agreement
+from sb3_dsrl.steering.contract import PLAYING, Contract, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.utils.integrity import one_line
 
@@ -190,9 +190,9 @@ class LatentPolicy(ActorCriticPolicy):
         return policy.to(self.device)
 
     @property
-    def flow_hash(self) -> str | None:
-        """Fingerprint of the flow that this policy steers; None if it was not built on a steered env."""
-        return self.action_space.contract.flow_hash if isinstance(self.action_space, NoiseSpace) else None
+    def contract(self) -> Contract | None:
+        """What this policy was made for: its flow, and how that is steered; None if it was not built on a steered env."""
+        return self.action_space.contract if isinstance(self.action_space, NoiseSpace) else None
 
     def set_training_mode(self, mode: bool) -> None:
         """
@@ -268,9 +268,8 @@ class LatentPolicy(ActorCriticPolicy):
         target = model.policy
         if not isinstance(target, LatentPolicy):
             raise ValueError(f"copy_into expects a model with 'LatentPolicy', found {type(target).__name__}")
-        ours, theirs = self.action_space, target.action_space
-        if isinstance(ours, NoiseSpace) and isinstance(theirs, NoiseSpace):
-            check_agreement("policy", ours.contract, "model's env", theirs.contract, (*PLAYING, "gamma"))
+        if self.contract is not None and target.contract is not None:
+            check_agreement("policy", self.contract, "model's env", target.contract, (*PLAYING, "gamma"))
         for name, expected, found in (
             ("noise shape", target.action_space.shape, self.action_space.shape),
             ("number of features", target.observation_space.shape, self.observation_space.shape),

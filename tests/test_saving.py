@@ -73,7 +73,7 @@ def test_policy_round_trip_keeps_every_keyword(tmp_path: pathlib.Path, env):
     np.testing.assert_array_equal(data["centre"], centre)
     assert weights(loaded) == weights(model.policy)
     assert (
-        float(loaded.prior_mix) == pytest.approx(0.25 * 0.9) and loaded.contract.flow_hash == model.policy.contract.flow_hash
+        float(loaded.prior_mix) == pytest.approx(0.25 * 0.9) and loaded.contract == model.policy.contract
     )
     obs = features(5).numpy()
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])

@@ -156,10 +156,17 @@ def test_contributing_lists_the_rooms_in_their_order() -> None:
     assert set(rooms) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
+def test_contributing_lists_the_files_of_each_room() -> None:
+    sections = re.findall(r"^`(\w+)`\n\n((?:- .*\n)+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    listed = {room: sorted(re.findall(r"^- `(\w+\.py)`: ", text, re.MULTILINE)) for room, text in sections}
+    rooms = [path.parent for path in PACKAGE.glob("*/__init__.py")]
+    assert listed == {room.name: sorted(path.name for path in room.glob("*.py") if path.stem != "__init__") for room in rooms}
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile"),
+        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "docs/faults.md"),
         *("examples/results/README.md", "examples/results/compare/report.md"),
     ],
 )

@@ -25,11 +25,11 @@ class Predictor(Protocol):
     """What SB3 algorithms and policies have in common here."""
 
     def predict(self, observation: Any, *, deterministic: bool = False) -> tuple[np.ndarray, Any]:
-        """Maps observations (N, C) to actions (N, T, A)."""
+        """Maps observations (N, C) to noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``."""
 
 
 #: Whatever chooses the noise: a model or a policy; a frozen flow, which stands for its prior; the name of a control, "prior"
-#: or "zero"; or one fixed noise, (T, A).
+#: or "zero"; or one fixed noise, of the shape of the env's actions.
 Actor = Predictor | SteerablePolicy | str | np.ndarray
 
 
@@ -134,7 +134,8 @@ def evaluate(
     Let the env ignore terminations, so that ``success_at_end`` is judged at the time limit. Report deterministic and
     stochastic play: they can differ widely.
 
-    :param actor: a model, a policy, a :class:`SteerablePolicy` or "prior" (w ~ N(0, I)), "zero" (w = 0), or a noise (T, A)
+    :param actor: a model or a policy; a flow or "prior" (w ~ N(0, I)); "zero" (w = 0); or one fixed noise, of the shape of the
+        env's actions
     :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
     :param name: of the result; None takes the control's name or "model"
@@ -142,7 +143,9 @@ def evaluate(
     :param deterministic: w is the policy's mean; otherwise it is sampled from the policy
     :param progress_bar: show a progress bar
     :param noise_seed: of the noise, for the same episodes under other noise; None is ``seed``
-    :raises ValueError: if the env does not report success
+    :return: success with its interval, return and length, the last two in env steps
+    :raises ValueError: if the env does not report success, there is no episode to play, or the actor is unknown or was made
+        for another flow
     """
     if name is None:
         name = actor if isinstance(actor, str) else "prior" if isinstance(actor, SteerablePolicy) else "model"

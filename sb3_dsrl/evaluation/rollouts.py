@@ -24,7 +24,7 @@ class Rollouts:
     Macro-steps of whole episodes, grouped by episode and in order.
 
     :param cond: features, (n, C)
-    :param w: noise that was executed, (n, T, A)
+    :param w: noise that was executed, (n, T, A), (n, H, A) or (n, 1, A), see ``steer_mode``
     :param chunk: actions that it became, (n, H, A)
     :param reward: macro rewards, (n,)
     :param discount: ``gamma^k``, 0 after a termination, (n,)
@@ -85,6 +85,7 @@ def collect_rollouts(
     :param seed: of the envs and of the noise
     :param deterministic: passed on to ``predict``
     :param progress_bar: show a progress bar
+    :return: the macro-steps of all episodes, in order
     :raises ValueError: if the env is not steered, or normalises features or rewards
     """
     require_raw_features(env, "collect_rollouts", rewards=True)

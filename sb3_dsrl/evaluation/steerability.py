@@ -63,11 +63,12 @@ def steerability(
     :param critic: ensemble chunk critic; None is the flow's own, if that is trained
     :param demos: the flow's demos, or the path of an ``.h5`` file, to compare the spread of actions with; or None
     :param episodes: at most, in all
-    :param n_tickets: K, fixed noises that are tried
+    :param n_tickets: fixed noises that are tried
     :param n_candidates: M of the best of M
     :param kappa: the critic's score is mean - kappa * std over the ensemble
     :param seed: of noises and episodes
     :param progress_bar: show progress bars
+    :return: what was found; print it, plot it or save it
     :raises ValueError: if the env steers another flow or reports no success, the demos do not fit, or the episodes are too few
     """
     steering = find_steering(env)

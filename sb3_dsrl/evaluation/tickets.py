@@ -64,6 +64,7 @@ def find_ticket(
     :param include_zero: the first noise is w = 0, the prior's mode, instead of a drawn one
     :param seed: of the noises and of the episodes
     :param progress_bar: show a progress bar
+    :return: the noise that succeeds most, and how it was found
     :raises ValueError: if a round has more noises than the one before, or there is none, or the env reports no success
     """
     counts = [n for n, _ in rounds]

@@ -167,6 +167,7 @@ class FlowPolicy(
         :param net_kwargs: further arguments of the network
         :param critic_kwargs: further arguments of the critic
         :param kwargs: further arguments of the policy itself
+        :raises ValueError: if a backbone comes without images, or horizons and networks do not fit each other
         """
         encoder: ObsEncoder = StateEncoder(obs_dim, obs_horizon)
         if image_shapes:

@@ -72,6 +72,8 @@ def demo_transitions(flow: SteerablePolicy, demos: Demos, ignore_terminations: b
     :param demos: the demos
     :param ignore_terminations: as in ManiSkill; the same as in stage 2. None is
         :func:`~sb3_dsrl.steering.contract.ignores_terminations` of the demos' reward mode
+    :return: the transitions, on the flow's device
+    :raises ValueError: if demos and flow do not fit, or the demos hold no rewards
     """
     if ignore_terminations is None:
         ignore_terminations = ignores_terminations(demos.reward_mode)
@@ -82,6 +84,8 @@ def demo_transitions(flow: SteerablePolicy, demos: Demos, ignore_terminations: b
 
 def check_demos_fit(flow: SteerablePolicy, demos: Demos) -> None:
     """
+    :param flow: the policy
+    :param demos: the demos
     :raises ValueError: if demos and flow differ in observation mode, shapes of observations, action size, control mode or
         env id
     """

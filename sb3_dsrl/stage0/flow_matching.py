@@ -81,6 +81,8 @@ def create_flow(demos: Demos | str | Path, policy_class: type[FlowPolicy] = Flow
     :param policy_class: :class:`~sb3_dsrl.policies.diffusion.DiffusionPolicy` makes a diffusion policy
     :param kwargs: arguments of :meth:`FlowPolicy.create`, such as ``net_class``, ``obs_horizon``, ``pred_horizon``,
         ``act_horizon``, ``gamma``
+    :return: the flow, on the CPU
+    :raises ValueError: if an argument does not fit the demos or another argument
     """
     if not isinstance(demos, Demos):
         demos = load_demos(demos)

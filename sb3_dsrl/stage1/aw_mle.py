@@ -101,9 +101,10 @@ def aw_mle_loss(policy: LatentPolicy, obs: th.Tensor, w: th.Tensor, weights: th.
 
     :param policy: the latent policy; its density is pi's own, without the prior mix
     :param obs: features, (B, C)
-    :param w: noises, (B, M, T, A)
+    :param w: the steered part of noises, (B, M, T, A), (B, M, H, A) or (B, M, 1, A)
     :param weights: (B, M)
     :param kl_coef: weight of the KL
+    :return: the loss, a scalar
     """
     return -(weights * policy.log_prob(obs, w)).sum(dim=1).mean() + kl_coef * policy.kl_to_prior(obs).mean()
 

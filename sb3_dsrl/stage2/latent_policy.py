@@ -31,19 +31,20 @@ class LatentPolicy(ActorCriticPolicy):
     Gaussian over flow noise with state-dependent mean and std, for PPO, A2C and TRPO. ``import sb3_dsrl`` registers it as
     ``"LatentPolicy"``.
 
-    A new policy is exactly the prior N(0, I), hence the unsteered flow. While rollouts are collected, w comes from the mixture
-    ``eps * N(0, I) + (1 - eps) * pi``; :meth:`forward` and :meth:`evaluate_actions` both use the mixture's density.
-    ``predict`` uses pi alone. eps decays by ``prior_mix_decay`` between an update and the rollout after it.
+    Built bare, a new policy is exactly the prior N(0, I), hence the unsteered flow; :func:`~sb3_dsrl.ppo_kwargs` passes the
+    recommended, narrower start. While rollouts are collected, w comes from the mixture ``eps * N(0, I) + (1 - eps) * pi``;
+    :meth:`forward` and :meth:`evaluate_actions` both use the mixture's density. ``predict`` uses pi alone. eps decays by
+    ``prior_mix_decay`` between an update and the rollout after it.
 
     :param observation_space: the flow's features, (C,)
-    :param action_space: flow noise, (T, A)
+    :param action_space: flow noise, (T, A), (H, A) or (1, A), see ``steer_mode``
     :param lr_schedule: learning rate of the policy; the value network's follows it in proportion
     :param net_arch: hidden layers, as in SB3; None is two of 256 for the policy and two for the value
     :param activation_fn: as in SB3
     :param prior_mix: initial eps
     :param prior_mix_decay: factor on eps per rollout
     :param value_lr: learning rate of the value network where the schedule is at its highest; None is the policy's
-    :param centre: noise that a new policy's mean starts from, (T, A), such as a golden ticket; None is 0
+    :param centre: noise that a new policy's mean starts from, such as a golden ticket; of the action space's shape. None is 0
     :param log_std_init: log standard deviation of a new policy; 0 is the prior's
     :param kwargs: further arguments of :class:`~stable_baselines3.common.policies.ActorCriticPolicy`
     :raises ValueError: if an argument is out of range or the action space is no Box
@@ -198,6 +199,8 @@ class LatentPolicy(ActorCriticPolicy):
         """
         SB3 calls this with True once per update and with False before each rollout and prediction. eps changes at the
         first False after a True: never inside a rollout, never inside an update.
+
+        :param mode: True for training mode, False for evaluation mode
         """
         super().set_training_mode(mode)
         if mode:

@@ -29,6 +29,7 @@ def policy_defaults(steer_mode: SteerMode, preset: Preset = "recommended") -> di
     :param steer_mode: of the steered env
     :param preset: "recommended" starts narrow, around w = 0 or a centre, and hardly mixes the prior in; "paper" has the
         original's settings: it starts at N(0, I), and 30% of the noises of the first rollout come from there
+    :return: ``log_std_init``, ``prior_mix``, ``prior_mix_decay`` and ``value_lr``
     :raises ValueError: if the preset is unknown
     """
     if preset not in ("recommended", "paper"):
@@ -51,6 +52,7 @@ def ppo_kwargs(env: gym.Env | VecEnv, preset: Preset = "recommended", **override
     :param preset: "recommended", with a learning rate that falls to 0, or "paper"; see :func:`policy_defaults`
     :param overrides: explicit keywords; they win, and ``policy_kwargs`` are merged. Of ``n_steps`` and ``batch_size`` the one
         that is not given follows the other.
+    :return: the keyword arguments
     :raises ValueError: if the env is not steered or the preset is unknown
     """
     contract = find_steering(env).contract

@@ -87,7 +87,13 @@ class ActionChunkWrapper(gym.Wrapper):
         self._episode, self._steps = _EpisodeMetrics(), 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Starts an episode; the first observation fills all frames."""
+        """
+        Starts an episode; the first observation fills all frames.
+
+        :param seed: of the env; None goes on
+        :param options: of the env's reset
+        :return: observation (obs_horizon, D), or a dict of such; info
+        """
         obs, info = self.env.reset(seed=seed, options=options)
         self._steps = 0
         self._frames.extend([self._frame(obs)] * self.obs_horizon)

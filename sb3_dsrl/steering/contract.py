@@ -42,8 +42,9 @@ class Contract:
     :param gamma: discount per env step
     :param num_steps: decoding steps; None is a decoder without steps
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
-        "shared" one entry that is repeated T times: T times fewer dimensions to explore. The code of DSRL does so with
-        the long chunks of pi0 (https://arxiv.org/abs/2506.15799). Its prior is not the flow's, so start narrow.
+        "shared" one entry that is repeated T times: T times fewer dimensions to explore. The code of Diffusion Steering via
+        RL (https://arxiv.org/abs/2506.15799) does so with the long chunks of pi0. Its prior is not the flow's, so start
+        narrow.
     :param noise_bound: each entry of w lies in [-noise_bound, noise_bound]; at 4 the clipping touches 6 in 100,000 entries of
         the prior
     :param reward_scale: factor on the macro reward
@@ -103,7 +104,7 @@ class Contract:
     def differences(self, other: Contract, names: Sequence[str] = (*PLAYING, *REWARDS, "num_steps")) -> list[str]:
         """
         :param other: to compare with
-        :param names: fields that count; an unknown reward mode, or one that nothing depends on, differs from none
+        :param names: fields that count; None on either side means unknown, which differs from nothing
         :return: names of the fields that differ
         """
         return [name for name in names if not _agree(getattr(self, name), getattr(other, name))]

@@ -94,7 +94,13 @@ class LatentSteeringWrapper(gym.Wrapper):
         return self.steering.contract.macro_gamma
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts an episode; a seed also seeds the unsteered tail of the noise."""
+        """
+        Starts an episode.
+
+        :param seed: of the env and of the unsteered tail of the noise; None goes on
+        :param options: of the env's reset
+        :return: features (C,), info
+        """
         if seed is not None:
             self.steering.seed(seed)
         obs, info = self.env.reset(seed=seed, options=options)

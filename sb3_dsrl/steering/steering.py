@@ -17,6 +17,7 @@ from sb3_dsrl.utils.observations import map_frames
 
 def check_flow(flow: Any) -> None:
     """
+    :param flow: what was passed as the flow
     :raises TypeError: if this is not a flow, but the name of one, say
     """
     if not isinstance(flow, SteerablePolicy):

@@ -62,6 +62,7 @@ def check_zip(path: str | Path) -> None:
     Compares the contents of a zip file (a model of SB3, a file of ``torch.save``) with the checksums in it, which torch does
     not look at.
 
+    :param path: the file
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is no zip file, damaged or cut short
     """

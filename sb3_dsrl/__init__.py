@@ -4,6 +4,7 @@
 (https://arxiv.org/abs/2506.15799), which has the same initials, trains SAC on the noise.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sb3_contrib import TRPO
@@ -47,6 +48,7 @@ from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 if TYPE_CHECKING:
     from sb3_dsrl.envs.maniskill import make_chunk_env, make_latent_env
+    from sb3_dsrl.evaluation.video import record_video
 
 __version__ = "0.1.0"
 
@@ -99,6 +101,7 @@ __all__ = [
     "policy_defaults",
     "ppo_kwargs",
     "pretrain_latent",
+    "record_video",
     "results_table",
     "steerability",
     "resume",
@@ -107,10 +110,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Importing sb3_dsrl must not import ManiSkill.
-    if name in ("make_chunk_env", "make_latent_env"):
-        from sb3_dsrl.envs import maniskill
+#: Importing sb3_dsrl must not import ManiSkill.
+_LAZY = {
+    "make_chunk_env": "sb3_dsrl.envs.maniskill",
+    "make_latent_env": "sb3_dsrl.envs.maniskill",
+    "record_video": "sb3_dsrl.evaluation.video",
+}
 
-        return getattr(maniskill, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

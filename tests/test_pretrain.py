@@ -177,7 +177,7 @@ def flow_without_critic() -> FlowPolicy:
             flow_without_critic,
             dict(demos=bandit_demos()),
             ValueError,
-            r"This flow has no critic to score candidates with: use weighting='executed' with rollouts",
+            r"This flow has no critic to score candidates with: use fit_executed with rollouts",
         ),
         (
             lambda: linear_flow(obs_dim=5),

@@ -72,9 +72,7 @@ def test_policy_round_trip_keeps_every_keyword(tmp_path: pathlib.Path, env):
     assert {key: data[key] for key in keywords} == keywords and data["net_arch"] == [16]
     np.testing.assert_array_equal(data["centre"], centre)
     assert weights(loaded) == weights(model.policy)
-    assert (
-        float(loaded.prior_mix) == pytest.approx(0.25 * 0.9) and loaded.contract == model.policy.contract
-    )
+    assert float(loaded.prior_mix) == pytest.approx(0.25 * 0.9) and loaded.contract == model.policy.contract
     obs = features(5).numpy()
     np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
 

@@ -170,7 +170,7 @@ def _critic(
 ) -> EnsembleChunkCritic:
     flow = steering.flow
     if flow.critic is None:
-        raise ValueError("This flow has no critic to score candidates with: use weighting='executed' with rollouts")
+        raise ValueError("This flow has no critic to score candidates with: use fit_executed with rollouts")
     if rollouts is not None:
         return train_critic(
             flow,

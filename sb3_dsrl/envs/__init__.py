@@ -8,9 +8,10 @@ from sb3_dsrl.steering.adapters import ADAPTERS
 def _maniskill(env: gym.Env) -> gym.Env | None:
     if not hasattr(env.unwrapped, "single_action_space"):  # tensors with a batch dimension
         return None
-    from sb3_dsrl.envs.maniskill_wrappers import unbatched  # importing sb3_dsrl must not import ManiSkill
+    from sb3_dsrl.envs.fast import wants_fast  # importing sb3_dsrl must not import ManiSkill
+    from sb3_dsrl.envs.maniskill_wrappers import unbatched
 
-    return unbatched(env)
+    return unbatched(env, wants_fast())
 
 
 ADAPTERS.append(_maniskill)

@@ -12,7 +12,8 @@ import torch as th
 from mani_skill.utils.registration import REGISTERED_ENVS
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_dsrl.envs.maniskill_wrappers import flat_images
+from sb3_dsrl.envs.fast import wants_fast
+from sb3_dsrl.envs.maniskill_wrappers import flat_images, unbatched
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from sb3_dsrl.envs.workers import WorkerError, WorkerSettings
 from sb3_dsrl.policies.base import SteerablePolicy
@@ -97,6 +98,7 @@ def make_chunk_env(
     gamma: float = 0.99,
     reward_scale: float = 1.0,
     workers: WorkerSettings | None = None,
+    fast: bool = True,
     **env_kwargs: Any,
 ) -> VecEnv:
     """
@@ -123,6 +125,8 @@ def make_chunk_env(
     :param reward_scale: factor on the macro reward
     :param workers: on the CPU: how the envs are spread over workers, and what happens when one fails; None is the default of
         :class:`~sb3_dsrl.WorkerSettings`, and no worker for one env
+    :param fast: on the CPU: step ManiSkill by the shortcuts of :mod:`sb3_dsrl.envs.fast`, which change no bit of the results;
+        the environment variable ``SB3_DSRL_FAST=0`` switches them off everywhere
     :param env_kwargs: further arguments of ``gym.make``
     :return: the vectorised env; actions are (H, A), observations (obs_horizon, D), or dicts of such
     :raises ValueError: if an argument does not fit
@@ -142,8 +146,10 @@ def make_chunk_env(
         reward_scale=reward_scale,
     )
 
+    fast = fast and wants_fast()  # this process's settings, not those of a worker elsewhere
+
     def make() -> gym.Env:
-        return ActionChunkWrapper(_made(env_id, **env_kwargs), **chunk_kwargs)
+        return ActionChunkWrapper(unbatched(_made(env_id, **env_kwargs), fast), **chunk_kwargs)
 
     if env_kwargs["sim_backend"] == "physx_cuda":
         return BatchedChunkEnv(flat_images(_made(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)

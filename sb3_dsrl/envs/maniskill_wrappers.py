@@ -10,12 +10,16 @@ import numpy as np
 from gymnasium import spaces
 from mani_skill.utils.wrappers import CPUGymWrapper, FlattenRGBDObservationWrapper
 
+from sb3_dsrl.envs.fast import make_fast
 
-def unbatched(env: gym.Env) -> gym.Env:
+
+def unbatched(env: gym.Env, fast: bool = True) -> gym.Env:
     """
     A single CPU ManiSkill env as a standard gym env: NumPy, no batch dimension.
 
-    :param env: as ``gym.make`` returns it; an env that ManiSkill's ``CPUGymWrapper`` already wraps keeps it
+    :param env: as ``gym.make`` returns it; an env that ManiSkill's ``CPUGymWrapper`` already wraps keeps it, and one that
+        this function has made is returned as it is
+    :param fast: install the shortcuts of :mod:`sb3_dsrl.envs.fast`
     :raises ValueError: if it simulates several envs or runs on the GPU
     """
     base: Any = env.unwrapped
@@ -26,10 +30,12 @@ def unbatched(env: gym.Env) -> gym.Env:
         )
     layer = env
     while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, EpisodeSeeds):
+            return env
         if isinstance(layer, CPUGymWrapper):
-            return EpisodeSeeds(env)
+            return EpisodeSeeds(make_fast(env) if fast else env)
         layer = layer.env
-    return EpisodeSeeds(CPUGymWrapper(flat_images(env)))
+    return EpisodeSeeds(CPUGymWrapper(flat_images(make_fast(env) if fast else env)))
 
 
 def flat_images(env: gym.Env) -> gym.Env:
@@ -64,11 +70,11 @@ class RenderOnDemand(gym.Wrapper):
         self._capture = base._get_obs_sensor_data
         base._get_obs_sensor_data = self._sensor_data
 
-    def set_rendering(self, rendering: bool) -> None:
+    def set_observing(self, observing: bool) -> None:
         """
-        :param rendering: whether the next observations show new images
+        :param observing: whether the next observations are seen, and so need new images
         """
-        self._rendering = rendering
+        self._rendering = observing
 
     def _sensor_data(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self._rendering or self._last is None:

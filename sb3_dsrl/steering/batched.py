@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from sb3_dsrl.steering.batched_infos import last_counted, split_info
-from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
+from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, observing_switch, stacked_space
 from sb3_dsrl.steering.contract import ignores_terminations
 from sb3_dsrl.utils.observations import map_frames
 
@@ -72,7 +72,7 @@ class BatchedChunkEnv(VecEnv):
             base.num_envs, stacked_space(base.single_observation_space, obs_horizon), chunk_space(single, act_horizon)
         )
         self._scale = ActionScaler(single, lambda bound: th.as_tensor(bound, device=self.device))
-        self._set_rendering = render_switch(env)
+        self._set_observing = observing_switch(env)
         self._rng = np.random.default_rng()
         self._frames: Any = None
         self._chunks = th.zeros(self.num_envs, *self.action_space.shape, device=self.device)  # type: ignore[misc]
@@ -119,7 +119,7 @@ class BatchedChunkEnv(VecEnv):
             if i and self.device.type == "cpu" and not alive.any():  # on a GPU the question would cost more than the answer
                 break
             # without terminations the policy sees the last frames of a chunk only
-            self._set_rendering(not self.ignore_terminations or i >= self.act_horizon - self.obs_horizon)
+            self._set_observing(not self.ignore_terminations or i >= self.act_horizon - self.obs_horizon)
             step: Any = self.env.step(actions[:, i] * alive[:, None])
             obs, reward, ended, timed_out, info = step
             reward = th.where(alive, reward.float(), 0.0)

@@ -16,7 +16,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl.steering.adapters import standard_env
-from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, render_switch, stacked_space
+from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, observing_switch, stacked_space
 from sb3_dsrl.steering.contract import ignores_terminations
 from sb3_dsrl.utils.observations import map_frames, stack_frames
 
@@ -30,7 +30,8 @@ class ActionChunkWrapper(gym.Wrapper):
     - A time limit inside a chunk does not cut it. The chunk runs to its end and the episode is truncated there, so that every
       macro-step from which SB3 bootstraps lasts exactly H env steps and ``gamma ** H`` is its discount. An env that cannot be
       stepped past its time limit needs ``cut_at_time_limit``.
-    - Observations are the last ``obs_horizon`` frames, oldest first, copied.
+    - Observations are the last ``obs_horizon`` frames, oldest first, copied. A simulator that can leave out the others, with
+      ``ignore_terminations``, does so (ManiSkill; see :class:`~sb3_dsrl.envs.fast.observations.ObserveOnDemand`).
 
     ``info`` holds ``chunk_length`` (k) and, if the env reports ``success`` (or ``is_success``), ``is_success``. At the
     end of an episode it holds ``success_once``, ``success_at_end``, ``episode_return`` (undiscounted, unscaled) and
@@ -80,7 +81,7 @@ class ActionChunkWrapper(gym.Wrapper):
         self.observation_space = stacked_space(env.observation_space, obs_horizon)
         self._scale = ActionScaler(env.action_space)  # type: ignore[arg-type]
         self._action_dtype = env.action_space.dtype
-        self._set_rendering = render_switch(env)
+        self._set_observing = observing_switch(env)
         self.env_id = env.spec.id if env.spec is not None else None
         self.control_mode: str | None = getattr(env.unwrapped, "control_mode", None)
         self._frames: deque[Any] = deque(maxlen=obs_horizon)
@@ -94,6 +95,7 @@ class ActionChunkWrapper(gym.Wrapper):
         :param options: of the env's reset
         :return: observation (obs_horizon, D), or a dict of such; info
         """
+        self._set_observing(True)  # a step that raised may have left it off
         obs, info = self.env.reset(seed=seed, options=options)
         self._steps = 0
         self._frames.extend([self._frame(obs)] * self.obs_horizon)
@@ -114,7 +116,7 @@ class ActionChunkWrapper(gym.Wrapper):
         whole = self.ignore_terminations and not self.cut_at_time_limit
         first_seen = self.act_horizon - self.obs_horizon if whole else 0
         for action in actions.astype(self._action_dtype):
-            self._set_rendering(k >= first_seen)
+            self._set_observing(k >= first_seen)
             obs, reward, ended, timed_out, info = self.env.step(action)
             self._steps += 1
             self._check_finite("reward", reward)

@@ -103,13 +103,14 @@ def episode_summary(
     return summary
 
 
-def render_switch(env: Any) -> Callable[[bool], None]:
+def observing_switch(env: Any) -> Callable[[bool], None]:
     """
-    How a chunk env says whether the frame of the next env step will be seen, so that it need not be rendered otherwise.
+    How a chunk env says whether the frame of the next env step will be seen: what the chunk does not show need not be
+    rendered or computed.
 
-    :param env: if any of its wrappers has a method ``set_rendering``, that is the switch; else there is nothing to switch
+    :param env: if any of its wrappers has a method ``set_observing``, that is the switch; else there is nothing to switch
     """
     try:
-        return env.get_wrapper_attr("set_rendering")
+        return env.get_wrapper_attr("set_observing")
     except AttributeError:
-        return lambda rendering: None
+        return lambda observing: None

@@ -1,0 +1,52 @@
+"""Target poses of end effector controllers, with few tensor operations."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch as th
+from mani_skill.utils.geometry import rotation_conversions as rotations
+from mani_skill.utils.structs import Pose
+
+from sb3_dsrl.envs.fast.poses import empty_pose, quaternion_product, standardized
+
+#: The frame that :func:`moved_pose` is for; the one that ManiSkill's robots use.
+FRAME = "root_translation:root_aligned_body_rotation"
+
+ONE, TWO, FLOOR = np.float32(1), np.float32(2), np.float32(0.1)
+
+
+def moved_pose(previous: Pose, action: th.Tensor) -> Pose:
+    """
+    Stands for ``PDEEPoseController.compute_target_pose`` in the frame ``FRAME``, with ``use_delta``.
+
+    :param previous: pose of the end effector at the robot's base
+    :param action: (1, 6), translation and Euler angles
+    """
+    # Sines, cosines and products of matrices stay torch's: NumPy's differ in the last bit.
+    matrix = rotations.euler_angles_to_matrix(action[:, 3:6], "XYZ")
+    pose, array = empty_pose()
+    before = previous.raw_pose.numpy()[0]
+    np.add(before[:3], action.numpy()[0, :3], out=array[:3])
+    array[3:] = standardized(quaternion_product(matrix_to_quaternion(matrix), before[3:]))
+    return pose
+
+
+def matrix_to_quaternion(matrix: th.Tensor) -> np.ndarray:
+    """
+    Stands for ``matrix_to_quaternion``: only the candidate that is taken is computed.
+
+    :param matrix: rotation (1, 3, 3)
+    :return: quaternion (4,), real part first
+    """
+    m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.numpy().reshape(9)
+    sums = [ONE + m00 + m11 + m22, ONE + m00 - m11 - m22, ONE - m00 + m11 - m22, ONE - m00 - m11 + m22]
+    q_abs = rotations._sqrt_positive_part(th.from_numpy(np.array([sums], np.float32))).numpy()[0]
+    best = int(q_abs.argmax())
+    square = q_abs[best] * q_abs[best]
+    candidate = (
+        (square, m21 - m12, m02 - m20, m10 - m01),
+        (m21 - m12, square, m10 + m01, m02 + m20),
+        (m02 - m20, m10 + m01, square, m12 + m21),
+        (m10 - m01, m20 + m02, m21 + m12, square),
+    )[best]
+    return standardized(np.array(candidate, np.float32) / (TWO * max(q_abs[best], FLOOR)))

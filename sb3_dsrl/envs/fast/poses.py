@@ -1,0 +1,159 @@
+"""Poses of actors and links, and what tasks compute with them, without a tensor operation for every product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import sapien
+import torch as th
+from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.utils.structs import Actor, Link, Pose
+
+# Row k of b[TERMS] * SIGNS is what component k of a quaternion a is multiplied with, for each component of the product a * b.
+TERMS = np.array([[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]])
+SIGNS = np.array([[1, 1, 1, 1], [-1, 1, -1, 1], [-1, 1, 1, -1], [-1, -1, 1, 1]], np.float32)
+INVERSE = np.array([1, -1, -1, -1], np.float32)
+
+
+class FastPose(Pose):
+    """A pose of one env on the CPU. Products and the inverse take a few NumPy operations; all else is ManiSkill's."""
+
+    def __mul__(self, arg0: Any) -> Pose:
+        """Stands for ``Pose.__mul__``."""
+        a, b = pose_array(self), pose_array(arg0)
+        return super().__mul__(arg0) if a is None or b is None else product(a, b)
+
+    def __rmul__(self, arg0: Any) -> Pose:
+        """Stands for ``Pose.__mul__`` with this pose on the right; Python asks the subclass first."""
+        a, b = pose_array(arg0), pose_array(self)
+        if a is not None and b is not None:
+            return product(a, b)
+        return Pose.__mul__(arg0, self) if isinstance(arg0, Pose) else NotImplemented
+
+    def inv(self) -> Pose:
+        """Stands for ``Pose.inv``."""
+        a = pose_array(self)
+        if a is None:
+            return super().inv()
+        pose, inverse = empty_pose()
+        inverse[3] = a[3]
+        np.negative(a[4:], out=inverse[4:])
+        inverse[:3] = rotated(inverse[3:], -a[:3])
+        return pose
+
+
+class FastActor(Actor):
+    """One actor on the CPU."""
+
+    def _pose(self) -> Pose:
+        """Stands for the getter of ``Actor.pose``."""
+        return from_sapien(self._objs[0].pose)
+
+    pose = property(_pose, Actor.pose.fset)
+
+
+class FastLink(Link):
+    """One link on the CPU."""
+
+    def _pose(self) -> Pose:
+        """Stands for the getter of ``Link.pose``."""
+        return from_sapien(self._objs[0].entity_pose)
+
+    pose = property(_pose, Link.pose.fset)
+
+
+FAST_STRUCTS: dict[type, type] = {Actor: FastActor, Link: FastLink}
+
+
+def speed_up_poses(base: BaseEnv) -> None:
+    """
+    Makes the actors and links of a scene, and the poses that its env keeps, the fast kinds of themselves.
+
+    :param base: one CPU env
+    """
+    scene = base.scene
+    structs: list[Any] = [*scene.actors.values(), *scene.actor_views.values()]
+    for articulation in (*scene.articulations.values(), *scene.articulation_views.values()):
+        structs += articulation.links or []
+    for struct in structs:
+        if type(struct) in FAST_STRUCTS and len(struct._objs) == 1:
+            struct.__class__ = FAST_STRUCTS[type(struct)]
+    for value in vars(base).values():
+        if type(value) is Pose:
+            value.__class__ = FastPose
+
+
+def from_sapien(pose: sapien.Pose) -> FastPose:
+    """
+    Stands for ``Pose.create`` of a list with one pose.
+
+    :param pose: of one object
+    """
+    fast, array = empty_pose()
+    array[:3] = pose.p
+    array[3:] = pose.q
+    return fast
+
+
+def empty_pose() -> tuple[FastPose, np.ndarray]:
+    """A new pose, and its memory (7,)."""
+    raw_pose = th.empty((1, 7))  # torch's memory, aligned as that of the poses it stands for
+    return FastPose(raw_pose), raw_pose.numpy()[0]
+
+
+def pose_array(pose: Any) -> np.ndarray | None:
+    """
+    :param pose: ManiSkill's or SAPIEN's
+    :return: its seven numbers (7,); None for several poses or another kind of number
+    """
+    if isinstance(pose, Pose):
+        raw = pose.raw_pose
+        plain = raw.shape == (1, 7) and raw.dtype == th.float32 and raw.device.type == "cpu" and not raw.requires_grad
+        return raw.numpy()[0] if plain else None
+    return np.concatenate((pose.p, pose.q)) if isinstance(pose, sapien.Pose) else None
+
+
+def product(a: np.ndarray, b: np.ndarray) -> FastPose:
+    """
+    Stands for the arithmetic of ``Pose.__mul__``.
+
+    :param a: pose (7,)
+    :param b: pose (7,)
+    """
+    pose, array = empty_pose()
+    array[3:] = standardized(quaternion_product(a[3:], b[3:]))
+    np.add(a[:3], rotated(a[3:], b[:3]), out=array[:3])
+    return pose
+
+
+def quaternion_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """
+    Stands for ``quaternion_raw_multiply``: the same products, added in the same order.
+
+    :param a: quaternion (4,), real part first
+    :param b: quaternion (4,)
+    """
+    terms = a[:, None] * (b[TERMS] * SIGNS)
+    return ((terms[0] + terms[1]) + terms[2]) + terms[3]
+
+
+def standardized(q: np.ndarray) -> np.ndarray:
+    """
+    Stands for ``standardize_quaternion``.
+
+    :param q: quaternion (4,), real part first
+    """
+    return -q if q[0] < 0 else q
+
+
+def rotated(q: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """
+    Stands for ``quaternion_apply``.
+
+    :param q: quaternion (4,), real part first
+    :param point: (3,)
+    """
+    quaternion = np.zeros(4, np.float32)
+    quaternion[1:] = point
+    return quaternion_product(quaternion_product(q, quaternion), q * INVERSE)[1:]

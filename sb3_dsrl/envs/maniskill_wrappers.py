@@ -35,7 +35,8 @@ def unbatched(env: gym.Env, fast: bool = True) -> gym.Env:
         if isinstance(layer, CPUGymWrapper):
             return EpisodeSeeds(make_fast(env) if fast else env)
         layer = layer.env
-    return EpisodeSeeds(CPUGymWrapper(flat_images(make_fast(env) if fast else env)))
+    env = CPUGymWrapper(flat_images(env))
+    return EpisodeSeeds(make_fast(env) if fast else env)
 
 
 def flat_images(env: gym.Env) -> gym.Env:

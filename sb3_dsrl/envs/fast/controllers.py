@@ -12,7 +12,7 @@ from mani_skill.agents.controllers.base_controller import BaseController, Combin
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs import Articulation
 
-from sb3_dsrl.envs.fast.end_effector import FRAME, moved_pose
+from sb3_dsrl.envs.fast.end_effector import FRAME, inverse_kinematics, moved_pose, pose_action_scaling
 
 SetAction = Callable[[th.Tensor], None]
 
@@ -114,21 +114,25 @@ def end_effector_set_action(controller: PDEEPosController) -> SetAction:
 
     :param controller: of the end effector
     """
-    config, drive = controller.config, joint_drives(controller)
-    if type(controller) is PDEEPoseController and config.use_delta and config.frame == FRAME:
-        controller.compute_target_pose = moved_pose
+    config, positions, drive = controller.config, joint_positions(controller), joint_drives(controller)
+    solve = inverse_kinematics(controller.kinematics)
+    if type(controller) is PDEEPoseController:
+        if config.use_delta and config.frame == FRAME:
+            controller.compute_target_pose = moved_pose
+        if controller._normalize_action and isinstance(config.rot_lower, float):
+            controller._clip_and_scale_action = pose_action_scaling(controller)
 
     def set_action(action: th.Tensor) -> None:
         action = controller._preprocess_action(action)
         controller._step = 0
-        controller._start_qpos = controller.qpos
+        start = positions()
+        controller._start_qpos = th.from_numpy(start)
         previous = controller._target_pose if config.use_target else controller.ee_pose_at_base
         controller._target_pose = controller.compute_target_pose(previous, action)
-        target = controller.kinematics.compute_ik(
-            pose=controller._target_pose, q0=controller.articulation.get_qpos(), solver_config=config.delta_solver_config
-        )
-        controller._target_qpos = controller._start_qpos if target is None else target
-        drive(controller._target_qpos.numpy())
+        target = solve(controller._target_pose)
+        target = start if target is None else target
+        controller._target_qpos = th.from_numpy(target)
+        drive(target)
 
     return set_action
 

@@ -13,8 +13,9 @@ from mani_skill.envs.sapien_env import BaseEnv
 
 from sb3_dsrl.envs.fast.controllers import speed_up_controllers
 from sb3_dsrl.envs.fast.grasping import speed_up_grasping
-from sb3_dsrl.envs.fast.observations import ObserveOnDemand
+from sb3_dsrl.envs.fast.observations import ObserveOnDemand, may_leave_out
 from sb3_dsrl.envs.fast.poses import speed_up_poses
+from sb3_dsrl.envs.fast.wrappers import speed_up_wrappers
 
 #: Versions of ManiSkill that the identity test has passed with.
 TESTED = ("3.0.1",)
@@ -43,7 +44,7 @@ def make_fast(env: gym.Env) -> gym.Env:
     """
     Installs the shortcuts in an env, now and whenever its scene is built anew.
 
-    :param env: one CPU ManiSkill env
+    :param env: one CPU ManiSkill env, with a ``CPUGymWrapper`` around it
     :return: the env, or a wrapper around it
     """
     base: Any = env.unwrapped
@@ -56,9 +57,8 @@ def make_fast(env: gym.Env) -> gym.Env:
 
     base._reconfigure = reconfigure
     _install(base)
-    # Only of ManiSkill's own tasks it is known that observing changes nothing and that no reward reads the observation.
-    known = type(base).__module__.startswith("mani_skill.")
-    return ObserveOnDemand(env) if known and base.obs_mode in ("state", "state_dict") else env
+    speed_up_wrappers(env)
+    return ObserveOnDemand(env) if may_leave_out(env) else env
 
 
 def _install(base: BaseEnv) -> None:

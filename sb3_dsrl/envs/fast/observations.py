@@ -6,6 +6,20 @@ from typing import Any
 
 import gymnasium as gym
 
+from sb3_dsrl.envs.fast.wrappers import CHAIN, wrapper_types
+
+
+def may_leave_out(env: gym.Env) -> bool:
+    """
+    Whether observations can be left out unnoticed. Of ManiSkill's own tasks it is known that observing changes nothing, and that no
+    reward reads the observation; a wrapper of somebody else may read it.
+
+    :param env: one CPU ManiSkill env
+    """
+    base: Any = env.unwrapped
+    known = type(base).__module__.startswith("mani_skill.") and set(wrapper_types(env)) <= set(CHAIN)
+    return known and base.obs_mode in ("state", "state_dict")
+
 
 class ObserveOnDemand(gym.Wrapper):
     """
@@ -15,7 +29,7 @@ class ObserveOnDemand(gym.Wrapper):
     Inside a chunk nobody looks at most frames. What nobody computes is not checked either: a NaN in an unseen frame goes
     unnoticed, as long as no seen frame and no reward has it.
 
-    :param env: one CPU ManiSkill env with state observations, whose reward does not read them
+    :param env: one for which :func:`may_leave_out` is true
     """
 
     def __init__(self, env: gym.Env) -> None:

@@ -3,12 +3,13 @@ MINUTES ?= 30
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help setup demo bench test faults soak check format clean
+.PHONY: help setup demo bench test identity faults soak check format clean
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
 	@echo "make bench           speed against plain versions of the same; figures in runs/bench"
 	@echo "make test            run the tests"
+	@echo "make identity        the fast simulator against ManiSkill's own, bit for bit, on every task that builds"
 	@echo "make faults          break everything that can break, and print what comes of it"
 	@echo "make soak [MINUTES=30] kill workers at random during stage 2"
 	@echo "make check           lint, formatting, types, the order of the rooms"
@@ -27,6 +28,9 @@ bench: setup
 
 test: setup
 	$(PY) -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
+
+identity: setup
+	$(PY) -m pytest -q -rs -n logical -m exhaustive tests/test_fast.py
 
 faults: setup
 	$(PY) -m tests.faults

@@ -146,13 +146,12 @@ def make_chunk_env(
         reward_scale=reward_scale,
     )
 
-    fast = fast and wants_fast()  # this process's settings, not those of a worker elsewhere
-
     def make() -> gym.Env:
         return ActionChunkWrapper(unbatched(_made(env_id, **env_kwargs), fast), **chunk_kwargs)
 
     if env_kwargs["sim_backend"] == "physx_cuda":
         return BatchedChunkEnv(flat_images(_made(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)
+    fast = fast and wants_fast()  # this process's settings, not those of a worker elsewhere
     if n_envs == 1 and workers is None:
         return DummyVecEnv([make])
     # The fork server imports ManiSkill once; each worker then starts in a fraction of a second and shares its pages.

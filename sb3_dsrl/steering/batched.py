@@ -13,7 +13,14 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from sb3_dsrl.steering.batched_infos import last_counted, split_info
-from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, observing_switch, stacked_space
+from sb3_dsrl.steering.chunks import (
+    ActionScaler,
+    check_chunking,
+    chunk_space,
+    episode_summary,
+    observing_switch,
+    stacked_space,
+)
 from sb3_dsrl.steering.contract import ignores_terminations
 from sb3_dsrl.utils.observations import map_frames
 

@@ -16,7 +16,14 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl.steering.adapters import standard_env
-from sb3_dsrl.steering.chunks import ActionScaler, check_chunking, chunk_space, episode_summary, observing_switch, stacked_space
+from sb3_dsrl.steering.chunks import (
+    ActionScaler,
+    check_chunking,
+    chunk_space,
+    episode_summary,
+    observing_switch,
+    stacked_space,
+)
 from sb3_dsrl.steering.contract import ignores_terminations
 from sb3_dsrl.utils.observations import map_frames, stack_frames
 

@@ -7,7 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import torch as th
 from mani_skill.agents.base_agent import BaseAgent
-from mani_skill.agents.controllers import PDEEPosController, PDEEPoseController, PDJointPosController, PDJointPosMimicController
+from mani_skill.agents.controllers import (
+    PDEEPosController,
+    PDEEPoseController,
+    PDJointPosController,
+    PDJointPosMimicController,
+)
 from mani_skill.agents.controllers.base_controller import BaseController, CombinedController
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs import Articulation
@@ -86,7 +91,11 @@ def mimic_set_action(controller: PDJointPosMimicController) -> SetAction:
     use_delta, use_target = controller.config.use_delta, controller.config.use_target
     led, mimic, leader = (
         indices.numpy().reshape(-1)
-        for indices in (controller.control_joint_indices, controller.mimic_joint_indices, controller.mimic_control_joint_indices)
+        for indices in (
+            controller.control_joint_indices,
+            controller.mimic_joint_indices,
+            controller.mimic_control_joint_indices,
+        )
     )
     multiplier, offset = controller._multiplier.numpy(), controller._offset.numpy()
 

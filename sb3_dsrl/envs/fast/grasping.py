@@ -55,7 +55,8 @@ def speed_up_grasping(base: BaseEnv) -> None:
 
 def is_grasping_of(agent: BaseAgent, grasp: Grasp) -> Callable[..., th.Tensor]:
     """
-    Stands for ``is_grasping`` of the robots in ``GRASPS``. Both fingers must press on the object: the first that does not decides.
+    Stands for ``is_grasping`` of the robots in ``GRASPS``. Both fingers must press on the object: the first that does not
+    decides.
 
     :param agent: the robot
     :param grasp: its gripper

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from importlib.metadata import version
 from typing import Any
 
 import gymnasium as gym
+import mani_skill
 from mani_skill.envs.sapien_env import BaseEnv
 
 from sb3_dsrl.envs.fast.controllers import speed_up_controllers
@@ -25,13 +25,13 @@ SWITCH = "SB3_DSRL_FAST"
 
 
 def wants_fast() -> bool:
-    """Whether the shortcuts are on: not switched off, and the installed ManiSkill is a tested one. Warns, once, if it is not."""
+    """Whether the shortcuts are on: not switched off, and ManiSkill's version is a tested one. Warns, once, if it is not."""
     return os.environ.get(SWITCH, "1") != "0" and _tested()
 
 
 @functools.cache
 def _tested() -> bool:
-    found = version("mani_skill")
+    found = mani_skill.__version__
     if found not in TESTED:
         warnings.warn(
             f"mani_skill {found} is stepped at its own speed: the shortcuts of sb3_dsrl.envs.fast are known to be exact with "

@@ -11,8 +11,8 @@ from sb3_dsrl.envs.fast.wrappers import CHAIN, wrapper_types
 
 def may_leave_out(env: gym.Env) -> bool:
     """
-    Whether observations can be left out unnoticed. Of ManiSkill's own tasks it is known that observing changes nothing, and that no
-    reward reads the observation; a wrapper of somebody else may read it.
+    Whether observations can be left out unnoticed. Of ManiSkill's own tasks it is known that observing changes nothing, and
+    that no reward reads the observation; somebody else's task or wrapper may do either.
 
     :param env: one CPU ManiSkill env
     """

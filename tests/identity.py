@@ -68,7 +68,7 @@ class Pair:
     def hold(self) -> None:
         """Puts the object between the fingers."""
         for base in self.bases:
-            pose = _pose(base.agent.tcp.pose.p + th.tensor([0, 0, 0.01]))
+            pose = _pose(base.agent.tcp.pose.p + th.tensor([0, 0, 0.03]))
             getattr(base, str(self.object)).set_pose(pose)
 
     def win(self) -> None:
@@ -88,9 +88,10 @@ class Pair:
         if hold:
             self.hold()
         rng, shape, results = np.random.default_rng(seed), self.envs[0].action_space.shape, []
-        for _ in range(steps):
+        for i in range(steps):
             action = np.clip(rng.normal(0, scale, shape), -1, 1).astype(np.float32)
             if hold:
+                action[..., :-1] *= i > 2  # the fingers close first
                 action[..., -1] = np.where(rng.random(shape[:-1]) < 0.9, -1, 1)
             results.append(self.step(action))
             if results[-1][2] or results[-1][3]:

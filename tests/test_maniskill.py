@@ -192,8 +192,8 @@ def test_number_of_envs_does_not_choose_the_physics(
     monkeypatch.setattr(maniskill, "_made", lambda env_id, **kwargs: made.append(kwargs))
     for name in ("DummyVecEnv", "WorkerVecEnv"):
         monkeypatch.setattr(maniskill, name, lambda env_fns, *args, **kwargs: env_fns[0]())
-    for name in ("ActionChunkWrapper", "BatchedChunkEnv", "flat_images"):
-        monkeypatch.setattr(maniskill, name, lambda env, **kwargs: env)
+    for name in ("ActionChunkWrapper", "BatchedChunkEnv", "flat_images", "unbatched"):
+        monkeypatch.setattr(maniskill, name, lambda env, *args, **kwargs: env)
     for n_envs in (1, 25, 50, 512):
         make_chunk_env("PushCube-v1", n_envs, **({} if asked is None else dict(sim_backend=asked)))  # type: ignore[arg-type]
     assert [kwargs["sim_backend"] for kwargs in made] == [simulator] * 4

@@ -36,6 +36,14 @@ class Args:
     """Observations in a batch of stage 1, with 16 candidates each."""
     simulate: bool = True
     """Measure the simulator too."""
+    fast_tasks: tuple[str, ...] = (
+        "PushCube-v1",
+        "PickCube-v1",
+        "LiftPegUpright-v1",
+        "StackCube-v1",
+        "PegInsertionSide-v1",
+    )
+    """Tasks on which fast stepping is measured."""
     cuda_envs: tuple[int, ...] = ()
     """Measure physx_cuda with these numbers of envs; needs a GPU and SAPIEN's GPU PhysX library."""
 

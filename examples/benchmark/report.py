@@ -19,6 +19,7 @@ def print_report(args: Args, report: dict[str, Any]) -> None:
     keys = [key for key in report if key.startswith("stage1_") and key.endswith("speedup")]
     table(f"stage 1, B = {args.stage1_batch}, M = {M}: times faster than plain", [{key: report[key] for key in keys}])
     if args.simulate:
+        table("env steps per second of one env: ManiSkill's own, fast, and physics alone; H = 8", report["fast"])
         rows = [
             {"envs": n, **report["env_steps_per_second"][n], "env_ratio": ratio} for n, ratio in report["env_ratio"].items()
         ]

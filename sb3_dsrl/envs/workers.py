@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,8 @@ class EnvGroup:
         if hide_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         th.set_num_threads(1)  # one worker a core: their threads would only fight
+        # ManiSkill collects garbage whenever it builds a scene, some tasks at every reset: 0.2 s if it searched libraries.
+        gc.freeze()
         self._envs = DummyVecEnv(list(env_fns))
 
     def reset(self, seeds: list[int | None], options: list[dict[str, Any]]) -> tuple[VecEnvObs, list[dict[str, Any]]]:

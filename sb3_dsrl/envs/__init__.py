@@ -8,10 +8,9 @@ from sb3_dsrl.steering.adapters import ADAPTERS
 def _maniskill(env: gym.Env) -> gym.Env | None:
     if not hasattr(env.unwrapped, "single_action_space"):  # tensors with a batch dimension
         return None
-    from sb3_dsrl.envs.fast import wants_fast  # importing sb3_dsrl must not import ManiSkill
-    from sb3_dsrl.envs.maniskill_wrappers import unbatched
+    from sb3_dsrl.envs.maniskill_wrappers import unbatched  # importing sb3_dsrl must not import ManiSkill
 
-    return unbatched(env, wants_fast())
+    return unbatched(env)
 
 
 ADAPTERS.append(_maniskill)

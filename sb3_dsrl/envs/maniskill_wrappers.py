@@ -10,16 +10,17 @@ import numpy as np
 from gymnasium import spaces
 from mani_skill.utils.wrappers import CPUGymWrapper, FlattenRGBDObservationWrapper
 
-from sb3_dsrl.envs.fast import make_fast
+from sb3_dsrl.envs.fast import make_fast, wants_fast
 
 
-def unbatched(env: gym.Env, fast: bool = True) -> gym.Env:
+def unbatched(env: gym.Env, fast: bool | None = None) -> gym.Env:
     """
     A single CPU ManiSkill env as a standard gym env: NumPy, no batch dimension.
 
     :param env: as ``gym.make`` returns it; an env that ManiSkill's ``CPUGymWrapper`` already wraps keeps it, and one that
         this function has made is returned as it is
-    :param fast: install the shortcuts of :mod:`sb3_dsrl.envs.fast`
+    :param fast: install the shortcuts of :mod:`sb3_dsrl.envs.fast`; None is where
+        :func:`~sb3_dsrl.envs.fast.install.wants_fast` says so
     :raises ValueError: if it simulates several envs or runs on the GPU
     """
     base: Any = env.unwrapped
@@ -28,6 +29,7 @@ def unbatched(env: gym.Env, fast: bool = True) -> gym.Env:
             f"This wrapper is for one CPU env, but {base.spec.id} simulates num_envs={base.num_envs} on {base.device}; "
             f"use make_latent_env({base.spec.id!r}, flow, n_envs={base.num_envs})"
         )
+    fast = wants_fast() if fast is None else fast
     layer = env
     while isinstance(layer, gym.Wrapper):
         if isinstance(layer, EpisodeSeeds):

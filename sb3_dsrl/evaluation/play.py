@@ -32,7 +32,9 @@ class Predictor(Protocol):
 class HasLatent(Protocol):
     """What holds a latent policy that sees the flow's own features, as :class:`~sb3_dsrl.SteeredPolicy` does."""
 
-    latent: Predictor
+    @property
+    def latent(self) -> Predictor:
+        """Maps features to noise."""
 
 
 #: Whatever chooses the noise: a model or a policy; a steered policy, by its latent one; a frozen flow, which stands for its

@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train_flow.py", ("--demo_path", DEMOS, "--num_demos", 5, *small, "--total_iters", 10, "--exp_name", "a")),
         (
             "train_latent_offline.py",
-            (*flow, *one, "--rollout_episodes", 2, "--total_iters", 3, "--exp_name", "b", "--eval_freq", 2),
+            (*flow, *one, "--rollout_episodes", 2, "--total_iters", 3, "--exp_name", "b", "--eval_freq", 2, "--save_freq", 2),
         ),
         (
             "train_latent_online.py",
@@ -160,16 +160,23 @@ def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "runs" / "a" / "resume").exists()
 
 
-def test_resume_of_stage_1_when_it_is_complete(runs: Path) -> None:
+@pytest.mark.parametrize("complete", [True, False])
+def test_resume_of_stage_1(runs: Path, complete: bool) -> None:
+    """When it is complete, or from the checkpoint before the last: the same policies and the same curve."""
     path = runs / "runs" / "b" / "stage1.pt"
+    if not complete:
+        (path.parent / "resume" / "stage_1_1.checkpoint").unlink()
+        best = path.parent / "checkpoints" / "best_eval_success_once.pt"
+        kept = best.read_bytes()
     expected, before = LatentPolicy.load(str(path)), report(runs, "b")
     path.unlink()
-    done = resumed(runs, "train_latent_offline.py", "b")
+    done = resumed(runs, "train_latent_offline.py", "b", episodes=0 if complete else 2)
     assert done.returncode == 0 and "rollouts:" not in done.stderr, done.stderr[-3000:]
     for key, x in LatentPolicy.load(str(path)).state_dict().items():
         assert th.equal(expected.state_dict()[key], x), key
     after = report(runs, "b")
     assert (after["env_steps"], after["curve"]) == (before["env_steps"], before["curve"])
+    assert complete or best.read_bytes() == kept
 
 
 def test_resume_of_stage_2(runs: Path) -> None:
@@ -187,9 +194,9 @@ def test_resume_of_stage_2(runs: Path) -> None:
     assert (after["curve"], after["env_steps"]) == (before["curve"], before["env_steps"])
 
 
-def resumed(runs: Path, script: str, name: str) -> subprocess.CompletedProcess[str]:
+def resumed(runs: Path, script: str, name: str, episodes: int = 0) -> subprocess.CompletedProcess[str]:
     """The same flags once more, and ``--resume``."""
-    args = json.loads((runs / "runs" / name / "args.json").read_text()) | dict(num_eval_episodes=0, track=None)
+    args = json.loads((runs / "runs" / name / "args.json").read_text()) | dict(num_eval_episodes=episodes, track=None)
     flags: list[object] = [
         "--resume",
         *(f"--{key}" for key, value in args.items() if value is True and key != "capture_video"),

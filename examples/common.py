@@ -52,12 +52,14 @@ class RunArgs:
     reward_mode: str = "normalized_dense"
     """ManiSkill reward mode."""
     ignore_terminations: bool | None = None
-    """Go on after success until the time limit. If not given: yes, except with a sparse reward. (A dense reward that ends at
-    success pays for stalling.)"""
+    """Go on after success until the time limit. If not given: with a dense reward yes, with a sparse one no. (A dense reward
+    that ends at success pays for stalling.)"""
     track: bool = False
     """Log to Weights & Biases as well (extra: wandb)."""
     wandb_project_name: str = "sb3_dsrl"
     """Weights & Biases project."""
+    device: str = "auto"
+    """Device of the networks, as SB3 names it; "auto" is a GPU where there is one."""
     torch_threads: int = 1
     """Threads of this process; simulators have processes of their own."""
 
@@ -65,11 +67,6 @@ class RunArgs:
     def steering(self) -> dict[str, Any]:
         """What the flags say about steering; the flow's own if nothing."""
         return {}
-
-    @property
-    def ignores_terminations(self) -> bool:
-        """Whether episodes go on after success."""
-        return self.reward_mode != "sparse" if self.ignore_terminations is None else self.ignore_terminations
 
 
 @dataclass(kw_only=True)
@@ -173,7 +170,7 @@ def load_flow(args: SteeringArgs, path: Path) -> FlowPolicy:
     if path.suffix == ".pt":
         flow = _load_pt(args, path)
     else:
-        flow = FlowPolicy.from_pretrained(path)
+        flow = FlowPolicy.from_pretrained(path, device=args.device)
     check_flow(args, flow, path)
     return flow
 
@@ -195,7 +192,9 @@ def _load_pt(args: SteeringArgs, path: Path) -> FlowPolicy:
     given: dict[str, Any] = {name: getattr(args, name) for name in PT_DEFAULTS if getattr(args, name) is not None}
     assumed = {name: value for name, value in PT_DEFAULTS.items() if name not in given}
     settings = PT_DEFAULTS | given
-    flow = load_awsc_checkpoint(path, num_steps=settings.pop("num_inference_steps"), env_id=args.env_id, **settings)
+    flow = load_awsc_checkpoint(
+        path, num_steps=settings.pop("num_inference_steps"), env_id=args.env_id, device=args.device, **settings
+    )
     if assumed:
         taken = ", ".join(f"{name} {value}" for name, value in assumed.items())
         flags = ", ".join(f"--{name}" for name in assumed)
@@ -233,7 +232,7 @@ def make_env(args: RunArgs, flow: SteerablePolicy, n_envs: int, seed: int | None
         n_envs,
         sim_backend=args.sim_backend,
         reward_mode=args.reward_mode,
-        ignore_terminations=args.ignores_terminations,
+        ignore_terminations=args.ignore_terminations,
         max_episode_steps=args.max_episode_steps,
         seed=seed,
         **(args.steering | steering),
@@ -348,11 +347,11 @@ class Run:
 Args = TypeVar("Args")
 
 
-def load_model(path: Path, env: VecLatentSteering) -> PPO:
+def load_model(path: Path, env: VecLatentSteering, device: str) -> PPO:
     """A model of stage 2, for the same flow. Its zip file holds pickles, which can run code: load your own only."""
     check_zip(path)
     try:
-        return PPO.load(path, env=env)
+        return PPO.load(path, env=env, device=device)
     except (KeyError, AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} holds no model of PPO ({error})") from error
 

@@ -35,7 +35,7 @@ def main(args: Args) -> None:
         steering = ("steer_mode", "num_inference_steps", "gamma", "reward_scale")
         given = {name: getattr(args, name) for name in ("awsc_checkpoint", *steering)}
         refuse(given, f"and --policy exclude each other: {args.policy} holds a flow and says how it is steered")
-        actors["policy"] = policy = SteeredPolicy.from_pretrained(args.policy)
+        actors["policy"] = policy = SteeredPolicy.from_pretrained(args.policy, device=args.device)
         flow, own = policy.flow, policy.contract
         check_flow(args, flow, args.policy)
         settings = ("gamma", "noise_bound", "steer_mode", "num_steps", "reward_scale")
@@ -46,9 +46,9 @@ def main(args: Args) -> None:
     else:
         raise ValueError("Nothing to evaluate: pass --policy, or --awsc_checkpoint and perhaps what steers it")
     if args.stage1_checkpoint is not None:
-        actors["stage1"] = LatentPolicy.load(str(args.stage1_checkpoint))
+        actors["stage1"] = LatentPolicy.load(args.stage1_checkpoint, args.device)
     if args.model is not None:
-        actors["stage2"] = load_model(args.model, env)
+        actors["stage2"] = load_model(args.model, env, args.device)
     run = Run("evaluate", args, args.env_id or str(flow.env_id))
     for control in ("prior", "zero"):
         run.evaluate(control, control, env)

@@ -229,7 +229,7 @@ def main(args: Args) -> None:
         ticket = checkpoint.once("ticket", Ticket, lambda: find_ticket(env, rounds=rounds, seed=args.seed, progress_bar=True))
         env_steps += ticket.env_steps
         policy_kwargs["centre"] = ticket.w
-    model = PPO("LatentPolicy", env, **ppo_kwargs(env, policy_kwargs=policy_kwargs, seed=args.seed))
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env, policy_kwargs=policy_kwargs, seed=args.seed, device=args.device))
     assert isinstance(model.policy, LatentPolicy)
     if args.mode != "none":
         env_steps += learn(args, run, checkpoint, model, env, curve)

@@ -114,15 +114,15 @@ def main(args: Args) -> None:
     if args.stage1_checkpoint is not None:
         refuse(dict(std=args.std), "does nothing with --stage1_checkpoint, which holds its own")
     flow = load_flow(args, args.awsc_checkpoint)
-    stage1 = None if args.stage1_checkpoint is None else LatentPolicy.load(args.stage1_checkpoint)
+    stage1 = None if args.stage1_checkpoint is None else LatentPolicy.load(args.stage1_checkpoint, args.device)
     env = make_env(args, flow, args.num_envs, args.seed)
     eval_env = make_env(args, flow, args.num_eval_envs)
     run = Run("train_latent_online", args, args.env_id or str(flow.env_id))
 
     saved = run.folder / "resume" / "stage2.zip"
-    model = resume(PPO, saved, env) if run.resumes else None
+    model = resume(PPO, saved, env, device=args.device) if run.resumes else None
     if model is None:
-        model = PPO("LatentPolicy", env, tensorboard_log=str(run.tensorboard), **settings(args, env))
+        model = PPO("LatentPolicy", env, tensorboard_log=str(run.tensorboard), device=args.device, **settings(args, env))
         if stage1 is not None:
             with_gamma_of(env, stage1).copy_into(model)
     stage1_steps = 0 if args.stage1_checkpoint is None else steps_of(args.stage1_checkpoint)

@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (
                 *(*flow, *one, *stage1, "--total_timesteps", 64, "--rollout_steps", 8, "--ppo_epochs", 1, "--exp_name", "c"),
                 *("--eval_freq", 32, "--eval_freq_episodes", 1, "--prior_mix_ratio", 0.2, "--lr", 1e-3, "--capture_video"),
-                *("--save_freq", 30),
+                *("--save_freq", 30, "--device", "cpu"),
             ),
         ),
         (

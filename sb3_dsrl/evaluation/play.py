@@ -205,9 +205,7 @@ def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callab
     space: Any = venv.action_space
     if isinstance(actor, SteerablePolicy):
         if isinstance(space, NoiseSpace) and actor.fingerprint() != space.contract.flow_hash:
-            raise ValueError(
-                f"The flow to play is {actor.fingerprint()}, but the env steers flow {space.contract.flow_hash}: expected the same"
-            )
+            raise ValueError(f"The env steers flow {space.contract.flow_hash}, but the flow to play is {actor.fingerprint()}")
         actor = "prior"
     if isinstance(actor, str):
         if actor == "prior":

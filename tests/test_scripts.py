@@ -92,7 +92,7 @@ def test_curve_of_stage_1(runs: Path) -> None:
     log = EventAccumulator(str(folder / "tensorboard"))
     log.Reload()
     for key in ("success_once", "success_at_end"):
-        assert LatentPolicy.load(folder / "checkpoints" / f"best_eval_{key}.pt").flow_hash
+        assert LatentPolicy.load(folder / "checkpoints" / f"best_eval_{key}.pt").contract
         assert [(e.step, e.value) for e in log.Scalars(f"eval/{key}")] == [(p["iteration"], p[key]) for p in curve]
 
 

@@ -64,9 +64,8 @@ def on(make_simulator: Callable[[list[Script]], Any]) -> Callable[..., VecEnv]:
     return make
 
 
-def vectorised(vector_class: type[gym.vector.VectorEnv]) -> Callable[[list[Script]], gym.vector.VectorEnv]:
-    fns = lambda scripts: [lambda script=script: envs_of([script])[0] for script in scripts]  # noqa: E731
-    return lambda scripts: vector_class(fns(scripts), autoreset_mode="Disabled")  # type: ignore[call-arg]
+def vectorised(vector_class: type, scripts: list[Script]) -> gym.vector.VectorEnv:
+    return vector_class([lambda script=script: envs_of([script])[0] for script in scripts], autoreset_mode="Disabled")
 
 
 #: ``make(flow, scripts, **chunk_kwargs)``
@@ -76,9 +75,9 @@ FORMS: dict[str, Callable[..., VecEnv]] = {
     "worker processes": with_workers(ProcessWorker),
     "Ray actors": with_workers(RayWorker),
     "batched": on(lambda scripts: BatchedScriptedEnv(envs_of(scripts))),
-    "SyncVectorEnv": on(vectorised(gym.vector.SyncVectorEnv)),
-    "AsyncVectorEnv": on(vectorised(gym.vector.AsyncVectorEnv)),
-    "torch vector env": on(lambda scripts: TorchVectorEnv(vectorised(gym.vector.SyncVectorEnv)(scripts))),
+    "SyncVectorEnv": on(lambda scripts: vectorised(gym.vector.SyncVectorEnv, scripts)),
+    "AsyncVectorEnv": on(lambda scripts: vectorised(gym.vector.AsyncVectorEnv, scripts)),
+    "torch vector env": on(lambda scripts: TorchVectorEnv(vectorised(gym.vector.SyncVectorEnv, scripts))),
     "EnvPool's interface": on(lambda scripts: ScriptedEnvPool(envs_of(scripts))),
 }
 #: These cut chunks at time limits.
@@ -328,7 +327,7 @@ def test_batched_refusals() -> None:
         env.get_attr("no_such_thing")
 
 
-@pytest.mark.parametrize("kind", ["workers", "batched"])
+@pytest.mark.parametrize("kind", ["workers", "batched", "SyncVectorEnv", "EnvPool's interface"])
 def test_dict_observations(kind: str) -> None:
     """Frames of every key are stacked, integers stay integers."""
 
@@ -348,8 +347,11 @@ def test_dict_observations(kind: str) -> None:
     single = ActionChunkWrapper(make(), 3, 2)
     if kind == "workers":
         env: VecEnv = WorkerVecEnv([lambda: ActionChunkWrapper(make(), 3, 2)] * 2, WorkerSettings(1))
+    elif kind == "SyncVectorEnv":
+        env = BatchedChunkEnv(gym.vector.SyncVectorEnv([make, make], autoreset_mode="Disabled"), 3, 2)
     else:
-        env = BatchedChunkEnv(BatchedScriptedEnv([make(), make()]), 3, 2)
+        simulator = BatchedScriptedEnv if kind == "batched" else ScriptedEnvPool
+        env = BatchedChunkEnv(simulator([make(), make()]), 3, 2)
     assert env.observation_space == single.observation_space
     assert single.observation_space["rgb"].shape == (2, 2, 2, 3) and single.observation_space["rgb"].dtype == np.uint8
     rows = [(env.reset(), single.reset()[0])]

@@ -7,6 +7,8 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 
+from sb3_dsrl.utils.observations import map_frames, stack_frames
+
 
 class TorchVectorEnv(gym.vector.VectorWrapper):
     """A vector env that takes and gives tensors, and overwrites the observations that it handed out."""
@@ -27,8 +29,8 @@ class TorchVectorEnv(gym.vector.VectorWrapper):
 
 class ScriptedEnvPool(gym.vector.VectorEnv):
     """
-    EnvPool's gymnasium interface, as far as it is documented: a part of the envs is stepped or reset by ``env_id``, an env that
-    ended begins anew at its next step and ignores that action, results come in any order. It counts what should not happen.
+    EnvPool's gymnasium interface: a part of the envs is stepped or reset by ``env_id``, an env that ended begins anew at its
+    next step and ignores that action, results come in any order. It counts the resets that should not happen.
 
     :param envs: the envs; time limits are their own
     :param batch_size: as EnvPool has it
@@ -53,7 +55,7 @@ class ScriptedEnvPool(gym.vector.VectorEnv):
     def reset(self, env_id: np.ndarray | None = None, **_: Any) -> Any:  # type: ignore[override]
         ids = self.all_env_ids if env_id is None else env_id
         self.ended[ids] = False
-        return self._batch(ids, [(self.envs[i].reset()[0].copy(), 0.0, False, False, {}) for i in ids])[::4]
+        return self._batch(ids, [(_copied(self.envs[i].reset()[0]), 0.0, False, False, {}) for i in ids])[::4]
 
     def step(self, action: np.ndarray, env_id: np.ndarray | None = None) -> Any:  # type: ignore[override]
         ids = self._order.permutation(self.all_env_ids if env_id is None else env_id)
@@ -62,10 +64,10 @@ class ScriptedEnvPool(gym.vector.VectorEnv):
         for i, row in zip(ids, rows, strict=True):
             if self.ended[i]:
                 self.resets_by_itself += 1
-                results.append((self.envs[i].reset()[0].copy(), 0.0, False, False, {}))
+                results.append((_copied(self.envs[i].reset()[0]), 0.0, False, False, {}))
             else:
                 obs, *outcome = self.envs[i].step(action[row])
-                results.append((obs.copy(), *outcome))
+                results.append((_copied(obs), *outcome))
             self.ended[i] = results[-1][2] or results[-1][3]
         return self._batch(ids, results)
 
@@ -76,7 +78,12 @@ class ScriptedEnvPool(gym.vector.VectorEnv):
             info |= {key: np.array([own[key] for own in infos]) for key in ("success", "elapsed_steps")}
             info["scene"] = np.array([own["scene"] for own in infos], dtype=object)
             info["gripper"] = dict(at=np.stack([own["gripper"]["at"] for own in infos]))
-        return np.stack(obs), np.array(rewards, np.float32), np.array(ends), np.array(limits), info
+        batch = stack_frames(obs)
+        return batch, np.array(rewards, np.float32), np.array(ends), np.array(limits), info
 
     def close_extras(self, **_: Any) -> None:
         pass
+
+
+def _copied(obs: Any) -> Any:
+    return map_frames(np.copy, obs)

@@ -34,16 +34,16 @@ class BatchedChunkEnv(VecEnv):
       past an end, as said above. A time limit does not cut a chunk.
     - EnvPool (``env_type="gymnasium"``): envs that ended are left out of the steps. A time limit cuts a chunk, as
       ``cut_at_time_limit`` of ActionChunkWrapper does: k < H, and :class:`~sb3_dsrl.ExactBootstrap` corrects PPO.
-    - vector envs that reset themselves (``NEXT_STEP``, ``SAME_STEP``), as long as all episodes end in the same step, which means
-      tasks without terminations; the first env that ends alone is an error. A time limit cuts a chunk.
+    - vector envs that reset themselves (``NEXT_STEP``, ``SAME_STEP``), as long as all episodes end in the same step, as those
+      of tasks without terminations do; the first env that ends alone is an error. A time limit cuts a chunk.
 
     Observations are tensors on the simulator's device, (N, obs_horizon, D) or a dict of such, and so are terminal
     observations; rewards and dones are NumPy. :class:`~sb3_dsrl.VecLatentSteering` turns observations into features. Infos
     hold what the simulator reported for that env at its last step that counts, and the keys of ActionChunkWrapper.
 
-    :param env: a ``gymnasium.vector.VectorEnv``, EnvPool, or an env with ManiSkill's batched interface: ``num_envs``, ``device``, ``single_observation_space``,
-        ``single_action_space``; ``step`` takes and gives tensors with a leading axis N; ``reset(options={"env_idx": ...})``
-        resets a part; nothing resets by itself
+    :param env: a ``gymnasium.vector.VectorEnv``, EnvPool, or an env with ManiSkill's batched interface: ``num_envs``,
+        ``device``, ``single_observation_space``, ``single_action_space``; ``step`` takes and gives tensors with a leading axis
+        N; ``reset(options={"env_idx": ...})`` resets a part; nothing resets by itself
     :param act_horizon: H
     :param obs_horizon: frames in an observation
     :param gamma: discount per env step
@@ -63,15 +63,15 @@ class BatchedChunkEnv(VecEnv):
         ignore_terminations: bool | None = None,
         reward_scale: float = 1.0,
     ) -> None:
-        env = batched_interface(env)
-        base: Any = env.unwrapped
+        simulator: Any = batched_interface(env)
+        base: Any = simulator.unwrapped
         if not hasattr(base, "single_action_space"):
             raise ValueError(
                 f"BatchedChunkEnv needs an env with ManiSkill's batched interface, found {type(base).__name__} without "
                 f"single_action_space; for one env use ActionChunkWrapper"
             )
         check_chunking(act_horizon, obs_horizon, gamma)
-        self.env, self.device = env, th.device(base.device)
+        self.env, self.device = simulator, th.device(base.device)
         self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
         self.reward_mode: str | None = getattr(base, "reward_mode", None)
         if ignore_terminations is None:
@@ -80,19 +80,19 @@ class BatchedChunkEnv(VecEnv):
         self.cut_at_time_limit: bool = getattr(base, "cut_at_time_limit", False)
         if ignore_terminations and self.cut_at_time_limit:
             raise ValueError(
-                f"ignore_terminations=True needs a simulator that can be stepped past a termination, found {env.venv}, "
+                f"ignore_terminations=True needs a simulator that can be stepped past a termination, found {base.venv}, "
                 f"which resets itself"
             )
-        self.env_id = env.spec.id if env.spec is not None else None
+        self.env_id = simulator.spec.id if simulator.spec is not None else None
         self.control_mode: str | None = getattr(base, "control_mode", None)
-        self.render_mode = env.render_mode
+        self.render_mode = simulator.render_mode
         single = base.single_action_space
         super().__init__(
             base.num_envs, stacked_space(base.single_observation_space, obs_horizon), chunk_space(single, act_horizon)
         )
         self._scale = ActionScaler(single, lambda bound: th.as_tensor(bound, device=self.device))
         self._idle = self._scale(th.zeros(single.shape, device=self.device))
-        self._set_rendering = render_switch(env)
+        self._set_rendering = render_switch(simulator)
         self._rng = np.random.default_rng()
         self._frames: Any = None
         self._chunks = th.zeros(self.num_envs, *self.action_space.shape, device=self.device)  # type: ignore[misc]
@@ -104,7 +104,9 @@ class BatchedChunkEnv(VecEnv):
         """
         if any(seed is not None for seed in self._seeds):
             if not getattr(self.env, "takes_seeds", True):
-                warnings.warn("EnvPool takes its seed when it is made, envpool.make(..., seed=...): seed() has no effect on it")
+                warnings.warn(
+                    "EnvPool takes its seed when it is made, envpool.make(..., seed=...): seed() has no effect on it"
+                )
             self._rng = np.random.default_rng(self._seeds[0])
         else:
             self._seeds = self._rng.integers(2**31, size=self.num_envs).tolist()

@@ -1,6 +1,6 @@
 """
-What a batched simulator reports in ``info``, env by env: tensors or arrays with a leading axis N. Beside a key of a vector env of
-gymnasium stands a mask, the key with an underscore before it: which envs reported it.
+What a batched simulator reports in ``info``, env by env: tensors or arrays with a leading axis N. Vector envs of gymnasium put
+a mask beside each key, named like it with an underscore in front: which envs reported it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def last_counted(old: dict[str, Any], new: dict[str, Any], alive: th.Tensor) -> 
     """
     kept: dict[str, Any] = {}
     for key, value in new.items():
-        before = old.get(key)
+        before: Any = old.get(key)
         if isinstance(value, dict):
             kept[key] = last_counted(before if isinstance(before, dict) else {}, value, alive)
         elif not _has_rows(value, len(alive)):

@@ -14,8 +14,8 @@ from sb3_dsrl.utils.observations import map_frames
 
 class VectorAdapter(gym.Env):
     """
-    ManiSkill's batched interface over a vector env, NumPy or torch: tensors with a leading axis N on one device, a reset of some
-    envs by ``options={"env_idx": ...}``, and no episode that begins before it is asked for.
+    ManiSkill's batched interface over a vector env, NumPy or torch: tensors with a leading axis N on one device, a reset of
+    some envs by ``options={"env_idx": ...}``, and no episode that begins before it is asked for.
 
     :param venv: the vector env; tensors stay on its ``device``, arrays become tensors on the CPU
     """
@@ -70,8 +70,8 @@ class VectorAdapter(gym.Env):
 
 class ManualResetAdapter(VectorAdapter):
     """
-    Over a vector env that resets nothing by itself (``AutoresetMode.DISABLED``). As with ManiSkill, envs whose episode ended are
-    stepped on, past time limits as well, until they are reset together by ``options={"reset_mask": ...}``.
+    Over a vector env that resets nothing by itself (``AutoresetMode.DISABLED``). As with ManiSkill, envs whose episode ended
+    are stepped on, past time limits as well, until they are reset together by ``options={"reset_mask": ...}``.
     """
 
     cut_at_time_limit = False
@@ -149,9 +149,10 @@ class LockstepAdapter(VectorAdapter):
         ended = terminated.bool() | truncated.bool()
         if ended.any():
             if not ended.all():
+                which = th.nonzero(ended).flatten().tolist()
                 raise RuntimeError(
-                    f"{self.venv}: after step {self._steps} of their episodes envs {th.nonzero(ended).flatten().tolist()} ended "
-                    f"and others did not; it resets itself and cannot leave them out of the rest of a chunk: make it with "
+                    f"{self.venv}: after step {self._steps} of their episodes envs {which} ended and others did not; it "
+                    f"resets itself and cannot leave them out of the rest of a chunk: make it with "
                     f"autoreset_mode=AutoresetMode.DISABLED, or put ActionChunkWrapper envs into a SubprocVecEnv"
                 )
             self._ended, self._action = True, action
@@ -212,6 +213,10 @@ class EnvPoolAdapter(VectorAdapter):
         rewards, ends, limits = th.as_tensor(outcome, device=self.device)
         return self._tensors(self._obs), rewards, ends.bool(), limits.bool(), self._info
 
+    def render(self) -> Any:
+        """One picture an env, (N, height, width, 3)."""
+        return self.venv.render(env_ids=self.venv.all_env_ids)
+
     def _keep(self, obs: Any, info: dict[str, Any]) -> np.ndarray:
         """Writes the rows of some envs over those of before, and says which envs they are of."""
         envs = info["env_id"]
@@ -246,17 +251,14 @@ def batched_interface(env: Any) -> Any:
     if not isinstance(env, VectorEnv):
         return env
     if not isinstance(env.unwrapped, VectorEnv):
-        raise ValueError(
-            f"{type(env).__name__} resets the envs of a batched simulator by itself: pass the env below it, as gym.make gives it"
-        )
+        raise ValueError(f"{type(env).__name__} resets the envs of a batched simulator by itself: pass what gym.make returned")
     mode = _mode(env)
     if mode == "DISABLED":
         return ManualResetAdapter(env)
     if mode in ("NEXT_STEP", "SAME_STEP"):
         return LockstepAdapter(env)
-    raise ValueError(
-        f'{env}: metadata["autoreset_mode"] must be an AutoresetMode of gymnasium, found {env.metadata.get("autoreset_mode")!r}'
-    )
+    found = env.metadata.get("autoreset_mode")
+    raise ValueError(f'{env}: metadata["autoreset_mode"] must be an AutoresetMode of gymnasium, found {found!r}')
 
 
 def _mode(venv: VectorEnv) -> str:

@@ -5,7 +5,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sb3_dsrl import (
     EvalResult,
     FlowPolicy,
+    SteerablePolicy,
     TrainingCheckpoint,
     VecLatentSteering,
     evaluate,
@@ -51,12 +52,14 @@ class RunArgs:
     reward_mode: str = "normalized_dense"
     """ManiSkill reward mode."""
     ignore_terminations: bool | None = None
-    """Go on after success until the time limit. If not given: yes, except with a sparse reward. (A dense reward that ends at
-    success pays for stalling.)"""
+    """Go on after success until the time limit. If not given: with a dense reward yes, with a sparse one no. (A dense reward
+    that ends at success pays for stalling.)"""
     track: bool = False
     """Log to Weights & Biases as well (extra: wandb)."""
     wandb_project_name: str = "sb3_dsrl"
     """Weights & Biases project."""
+    device: str = "auto"
+    """Device of the networks, as SB3 names it; "auto" is a GPU where there is one."""
     torch_threads: int = 1
     """Threads of this process; simulators have processes of their own."""
 
@@ -64,11 +67,6 @@ class RunArgs:
     def steering(self) -> dict[str, Any]:
         """What the flags say about steering; the flow's own if nothing."""
         return {}
-
-    @property
-    def ignores_terminations(self) -> bool:
-        """Whether episodes go on after success."""
-        return self.reward_mode != "sparse" if self.ignore_terminations is None else self.ignore_terminations
 
 
 @dataclass(kw_only=True)
@@ -107,61 +105,124 @@ FREE_FLAGS = {
 
 
 @dataclass(kw_only=True)
-class FlowArgs(RunArgs):
-    """Flags of every script that starts from a flow."""
+class SteeringArgs(RunArgs):
+    """Flags of every script that steers a flow."""
 
-    awsc_checkpoint: Path
-    """The flow: a folder written by train_flow.py, or a .pt file of AWShortCutFlowAgent, which also needs --obs_horizon,
-    --pred_horizon, --num_inference_steps, --control_mode, --gamma and --reward_scale."""
-    num_envs: int = 8
-    """Simulated envs of training; worker processes share them, one a core."""
+    steer_mode: SteerMode | None = None
+    """Steer all of the noise ("full", if not given), only the rows of the actions that are executed, or one row that is
+    repeated."""
     num_inference_steps: int | None = None
     """Decoding steps; the flow's own if not given."""
-    obs_horizon: int | None = None
-    """Of a .pt file: frames that the policy saw."""
-    pred_horizon: int | None = None
-    """Of a .pt file: length of its chunks."""
-    control_mode: str | None = None
-    """Of a .pt file: ManiSkill controller. Otherwise a check: it must be the flow's."""
     gamma: float | None = None
     """Discount per env step; the flow's own if not given."""
     reward_scale: float | None = None
-    """Factor on rewards; of a .pt file also the one that its critic was trained with."""
-    steer_mode: SteerMode = "full"
-    """Steer all of the noise, only the rows of the actions that are executed, or one row that is repeated."""
+    """Factor on rewards; the flow's own if not given."""
+    control_mode: str | None = None
+    """ManiSkill controller of a .pt file. Otherwise a check: it must be the flow's."""
+    obs_horizon: int | None = None
+    """Frames that the policy of a .pt file saw. Otherwise a check."""
+    pred_horizon: int | None = None
+    """Length of the chunks of a .pt file. Otherwise a check."""
+    act_horizon: int | None = None
+    """A check: the flow must execute so many env steps of each chunk."""
+    obs_mode: str | None = None
+    """A check: the flow must see observations of this ManiSkill mode."""
 
     @property
     def steering(self) -> dict[str, Any]:
-        given = {name: getattr(self, name) for name in ("gamma", "reward_scale") if getattr(self, name) is not None}
-        return dict(steer_mode=self.steer_mode, num_steps=self.num_inference_steps, **given)
-
-
-def load_flow(args: FlowArgs) -> FlowPolicy:
-    """The flow of ``--awsc_checkpoint``, checked against the flags."""
-    if args.awsc_checkpoint.suffix == ".pt":
-        return load_awsc_checkpoint(
-            args.awsc_checkpoint,
-            obs_horizon=args.obs_horizon,
-            pred_horizon=args.pred_horizon,
-            num_steps=args.num_inference_steps,
-            control_mode=args.control_mode,
-            gamma=args.gamma,
-            reward_scale=args.reward_scale,
-            env_id=args.env_id,
+        flags = dict(
+            steer_mode=self.steer_mode,
+            num_steps=self.num_inference_steps,
+            gamma=self.gamma,
+            reward_scale=self.reward_scale,
         )
-    flow = FlowPolicy.from_pretrained(args.awsc_checkpoint)
-    for name, flag in (
-        ("obs_horizon", args.obs_horizon),
-        ("pred_horizon", args.pred_horizon),
-        ("control_mode", args.control_mode),
-    ):
-        if flag is not None and flag != getattr(flow, name):
-            raise ValueError(f"--{name} is {flag}, but the flow in {args.awsc_checkpoint} has {getattr(flow, name)}")
+        return {name: value for name, value in flags.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class FlowArgs(SteeringArgs):
+    """Flags of every script that starts from a flow."""
+
+    awsc_checkpoint: Path
+    """The flow: a folder written by train_flow.py, or a .pt file of AWShortCutFlowAgent. What such a file does not tell is
+    taken from the flags, or else from the defaults of its authors' scripts."""
+
+
+#: What a .pt file of AWShortCutFlowAgent does not tell, as the scripts that wrote it have it.
+PT_DEFAULTS: dict[str, Any] = dict(
+    obs_horizon=2,
+    pred_horizon=16,
+    num_inference_steps=8,
+    control_mode="pd_ee_delta_pose",
+    gamma=0.99,
+    reward_scale=1.0,
+)
+
+
+def load_flow(args: SteeringArgs, path: Path) -> FlowPolicy:
+    """
+    The flow in a folder or a .pt file, checked against the flags.
+
+    :param args: flags
+    :param path: of ``--awsc_checkpoint``
+    :raises ValueError: if a flag disagrees with the flow
+    """
+    if path.suffix == ".pt":
+        flow = _load_pt(args, path)
+    else:
+        flow = FlowPolicy.from_pretrained(path, device=args.device)
+    check_flow(args, flow, path)
     return flow
 
 
-def make_env(args: RunArgs, flow: FlowPolicy, n_envs: int, seed: int | None = None) -> VecLatentSteering:
-    """Steered envs as the flags say."""
+def check_flow(args: SteeringArgs, flow: SteerablePolicy, path: Path) -> None:
+    """
+    :param args: flags that are checks
+    :param flow: what they are checked against
+    :param path: where it is from
+    :raises ValueError: if a flag disagrees with the flow
+    """
+    for name in ("obs_horizon", "pred_horizon", "act_horizon", "control_mode", "obs_mode"):
+        flag, found = getattr(args, name), getattr(flow, name)
+        if flag not in (None, found):
+            raise ValueError(f"--{name} is {flag}, but the flow in {path} has {found}")
+
+
+def _load_pt(args: SteeringArgs, path: Path) -> FlowPolicy:
+    given: dict[str, Any] = {name: getattr(args, name) for name in PT_DEFAULTS if getattr(args, name) is not None}
+    assumed = {name: value for name, value in PT_DEFAULTS.items() if name not in given}
+    settings = PT_DEFAULTS | given
+    flow = load_awsc_checkpoint(
+        path, num_steps=settings.pop("num_inference_steps"), env_id=args.env_id, device=args.device, **settings
+    )
+    if assumed:
+        taken = ", ".join(f"{name} {value}" for name, value in assumed.items())
+        flags = ", ".join(f"--{name}" for name in assumed)
+        print(f"{path} does not tell all that is needed: {taken} are the original's defaults; others with {flags}")
+    return flow
+
+
+def refuse(given: Mapping[str, object], why: str) -> None:
+    """
+    :param given: flags that would do nothing, and their values; None was not given
+    :param why: the rest of the sentence
+    :raises ValueError: if one of them was given
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name} {why}")
+
+
+def make_env(args: RunArgs, flow: SteerablePolicy, n_envs: int, seed: int | None = None, **steering: Any) -> VecLatentSteering:
+    """
+    Steered envs as the flags say.
+
+    :param args: flags
+    :param flow: the policy that is steered
+    :param n_envs: number of envs
+    :param seed: of the envs
+    :param steering: arguments of ``make_latent_env`` that do not come from flags
+    """
     env_id = args.env_id or flow.env_id
     if env_id is None:
         raise ValueError("The flow does not know its task: pass --env_id")
@@ -171,10 +232,10 @@ def make_env(args: RunArgs, flow: FlowPolicy, n_envs: int, seed: int | None = No
         n_envs,
         sim_backend=args.sim_backend,
         reward_mode=args.reward_mode,
-        ignore_terminations=args.ignores_terminations,
+        ignore_terminations=args.ignore_terminations,
         max_episode_steps=args.max_episode_steps,
         seed=seed,
-        **(dict(gamma=flow.gamma) | args.steering),
+        **(args.steering | steering),
     )
 
 
@@ -188,6 +249,8 @@ class Run:
     """
 
     def __init__(self, script: str, args: RunArgs, env_id: str) -> None:
+        if isinstance(args, EvalArgs) and args.capture_video and not args.num_eval_episodes:
+            raise ValueError("--capture_video does nothing with --num_eval_episodes 0: it films what is evaluated")
         self.args, self.env_id, self.start = args, env_id, time.time()
         self.name = args.exp_name or f"{script}__{env_id}__{args.seed}"
         self.folder = Path("runs") / self.name
@@ -284,11 +347,11 @@ class Run:
 Args = TypeVar("Args")
 
 
-def load_model(path: Path, env: VecLatentSteering) -> PPO:
+def load_model(path: Path, env: VecLatentSteering, device: str) -> PPO:
     """A model of stage 2, for the same flow. Its zip file holds pickles, which can run code: load your own only."""
     check_zip(path)
     try:
-        return PPO.load(path, env=env)
+        return PPO.load(path, env=env, device=device)
     except (KeyError, AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} holds no model of PPO ({error})") from error
 

@@ -3,8 +3,8 @@
     python examples/quickstart.py --seed 0
 
 Stage 0 learns a flow and its critic from the demos in examples/demos, stage 1 a latent policy from rollouts of that
-flow, stage 2 improves it with stock PPO. The result is a table, and report.json, report.png, before.mp4 and after.mp4
-in runs/quickstart.
+flow, stage 2 improves it with stock PPO. The result is a table, and in runs/quickstart report.json, report.png, before.mp4,
+after.mp4 and policy, a folder that SteeredPolicy.from_pretrained plays.
 """
 
 import json
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import torch as th
 from common import cli
 from stable_baselines3 import PPO
-from stable_baselines3.common.utils import LinearSchedule, set_random_seed
+from stable_baselines3.common.utils import set_random_seed
 
 from sb3_dsrl import (
     EvalResult,
+    SteeredPolicy,
     VelocityMLP,
     collect_rollouts,
     demo_transitions,
@@ -140,12 +140,8 @@ def main(args: Args) -> None:
     add_row("zero", "zero")
 
     # Stage 1: which noises went well? No gradient ever reaches the flow. The first round learns from the frozen flow
-    # itself, further ones from what has been learned so far. Half the prior's std: pi explores around good noises, and
-    # hardly any of its noises still come from the prior itself.
-    schedule = LinearSchedule(start=3e-4, end=0.0, end_fraction=1.0)
-    policy_kwargs = dict(prior_mix=0.03, log_std_init=float(np.log(0.45)))
-    settings = ppo_kwargs(env, learning_rate=schedule, policy_kwargs=policy_kwargs, seed=args.seed, tensorboard_log=str(log))
-    model = PPO("LatentPolicy", env, **settings)
+    # itself, further ones from what has been learned so far.
+    model = PPO("LatentPolicy", env, **ppo_kwargs(env), seed=args.seed, tensorboard_log=str(log))
     stage1_steps = 0
     for i in range(args.rollout_rounds):
         rollouts = collect_rollouts(
@@ -168,6 +164,7 @@ def main(args: Args) -> None:
     )
     model.learn(total_timesteps=macro_steps, callback=curve, progress_bar=True, tb_log_name="stage2")
     model.save(args.output / "model.zip")
+    SteeredPolicy.of(model).save_pretrained(args.output / "policy")
     add_row("stage2", model)
     add_row("stage2_stochastic", model, deterministic=False)
     env.close()
@@ -188,7 +185,7 @@ def main(args: Args) -> None:
 
     print(f"\n{args.env_id}, seed {args.seed}: {report['env_steps']:,} env steps, {time.time() - start:.0f} s in all\n")
     print(results_table(list(rows.values())))
-    print(f"\nReport, picture, videos, flow and model are in {args.output}/")
+    print(f"\nReport, picture, videos, flow, model and policy are in {args.output}/")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ verdict. Text, report.json and steerability.png are in runs/<exp_name>.
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import FlowArgs, Run, cli, load_flow, make_env
+from common import FlowArgs, Run, cli, load_flow, make_env, refuse
 
 from sb3_dsrl import load_demos, steerability
 
@@ -18,6 +18,8 @@ from sb3_dsrl import load_demos, steerability
 class Args(FlowArgs):
     """Steerability of a flow."""
 
+    num_envs: int = 8
+    """Simulated envs; worker processes share them, one a core."""
     demo_path: Path | None = None
     """Demos of the flow, to compare the spread of its actions with."""
     num_demos: int | None = None
@@ -34,7 +36,9 @@ class Args(FlowArgs):
 
 def main(args: Args) -> None:
     """Prints the report and writes it with its figure."""
-    flow = load_flow(args)
+    if args.demo_path is None:
+        refuse(dict(num_demos=args.num_demos), "does nothing without --demo_path")
+    flow = load_flow(args, args.awsc_checkpoint)
     demos = None if args.demo_path is None else load_demos(args.demo_path, args.num_demos)
     env = make_env(args, flow, args.num_envs, args.seed)
     run = Run("steerability", args, args.env_id or str(flow.env_id))

@@ -86,12 +86,13 @@ def main(args: Args) -> None:
         n_iterations=args.total_iters,
         batch_size=args.batch_size,
         learning_rate=args.lr,
+        device=args.device,
         tensorboard_log=run.tensorboard / "flow",
         progress_bar=True,
         checkpoint=checkpoint,
     )
     if args.critic_iters:
-        transitions = demo_transitions(flow, demos, ignore_terminations=args.ignores_terminations)
+        transitions = demo_transitions(flow, demos, ignore_terminations=args.ignore_terminations)
         train_critic(
             flow,
             transitions,

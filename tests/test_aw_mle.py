@@ -1,10 +1,12 @@
 """The AW-MLE loss against brute force, and the loop around it."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributions import Independent, Normal, kl_divergence
 
 from sb3_dsrl import LatentPolicy, Rollouts, aw_mle_loss, pretrain_latent
@@ -101,6 +103,16 @@ def test_callback_does_not_touch_the_training(rollouts: Rollouts) -> None:
         assert th.equal(value, watched.state_dict()[key]), key
     with pytest.raises(ValueError, match="callback_freq must be at least 1, found 0"):
         pretrain_latent(bandit_flow(), rollouts=rollouts, callback=callback, callback_freq=0)
+
+
+def test_records_of_the_log_interval(rollouts: Rollouts, tmp_path: Path) -> None:
+    pretrain_latent(bandit_flow(), rollouts=rollouts, tensorboard_log=tmp_path, log_interval=6, **QUICK)
+    log = EventAccumulator(str(tmp_path))
+    log.Reload()
+    last = QUICK["n_iterations"] - 1
+    assert [event.step for event in log.Scalars("stage1/loss")] == [*range(0, last, 6), last]
+    with pytest.raises(ValueError, match="log_interval must be at least 1, found 0"):
+        pretrain_latent(bandit_flow(), rollouts=rollouts, log_interval=0)
 
 
 def test_policy_trains_in_the_mode_that_it_was_in(rollouts: Rollouts) -> None:

@@ -24,6 +24,7 @@ from sb3_dsrl.envs.workers import ProcessWorker, WorkerSettings
 from sb3_dsrl.policies.diffusion import DiffusionPolicy
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from tests.envs import BatchedScriptedEnv, ScriptedEnv, gym_steered, scripted, tiny_flow, vec_steered
+from tests.vector_sims import ScriptedEnvPool, TorchVectorEnv
 
 GAMMA = 0.9
 Script = tuple[int | None, tuple[int, ...]]
@@ -55,9 +56,16 @@ def with_workers(worker: type) -> Callable[..., VecEnv]:
     return make
 
 
-def batched(flow: FlowPolicy, scripts: list[Script], **chunk_kwargs: Any) -> VecEnv:
-    simulator = BatchedScriptedEnv(envs_of(scripts))
-    return VecLatentSteering(BatchedChunkEnv(simulator, flow.act_horizon, flow.obs_horizon, **chunk_kwargs), flow)
+def on(make_simulator: Callable[[list[Script]], Any]) -> Callable[..., VecEnv]:
+    def make(flow: FlowPolicy, scripts: list[Script], **chunk_kwargs: Any) -> VecEnv:
+        simulator = make_simulator(scripts)
+        return VecLatentSteering(BatchedChunkEnv(simulator, flow.act_horizon, flow.obs_horizon, **chunk_kwargs), flow)
+
+    return make
+
+
+def vectorised(vector_class: type, scripts: list[Script]) -> gym.vector.VectorEnv:
+    return vector_class([lambda script=script: envs_of([script])[0] for script in scripts], autoreset_mode="Disabled")
 
 
 #: ``make(flow, scripts, **chunk_kwargs)``
@@ -66,8 +74,14 @@ FORMS: dict[str, Callable[..., VecEnv]] = {
     "vec form": lambda flow, scripts, **kwargs: vec_steered(flow, envs_of(scripts), **kwargs),
     "worker processes": with_workers(ProcessWorker),
     "Ray actors": with_workers(RayWorker),
-    "batched": batched,
+    "batched": on(lambda scripts: BatchedScriptedEnv(envs_of(scripts))),
+    "SyncVectorEnv": on(lambda scripts: vectorised(gym.vector.SyncVectorEnv, scripts)),
+    "AsyncVectorEnv": on(lambda scripts: vectorised(gym.vector.AsyncVectorEnv, scripts)),
+    "torch vector env": on(lambda scripts: TorchVectorEnv(vectorised(gym.vector.SyncVectorEnv, scripts))),
+    "EnvPool's interface": on(lambda scripts: ScriptedEnvPool(envs_of(scripts))),
 }
+#: These cut chunks at time limits.
+CUTTING = {"EnvPool's interface"}
 
 
 @dataclass
@@ -85,8 +99,15 @@ class Reference:
     """One env, stepped in the plainest way: no wrapper of ours, no wrapper of gymnasium's; time limits are counted here."""
 
     def __init__(
-        self, script: Script, flow: FlowPolicy, gamma: float, ignore_terminations: bool = False, reward_scale: float = 1.0
+        self,
+        script: Script,
+        flow: FlowPolicy,
+        gamma: float,
+        ignore_terminations: bool = False,
+        reward_scale: float = 1.0,
+        cut: bool = False,
     ) -> None:
+        self.cut = cut
         self.limit, lengths = script
         self.env = ScriptedEnv(episode_lengths=lengths, success_steps=(2, 7, 9, 10, 24))
         self.flow, self.gamma, self.ignore, self.scale = flow, gamma, ignore_terminations, reward_scale
@@ -116,6 +137,8 @@ class Reference:
                 break
             if self.limit is not None and len(self.rewards) >= self.limit:
                 truncated = True
+                if self.cut:
+                    break
         self.macro_rewards.append(reward)
         counted = slice(0, self.limit)  # metrics stop at the time limit
         info = {
@@ -177,8 +200,13 @@ def test_transitions(form: str, policy_class: type[FlowPolicy], act_horizon: int
     # the first step of DDIM divides by the square root of a small alpha, and rounding depends on the batch
     atol = 1e-4 if policy_class is FlowPolicy else 2e-3
     flow = tiny_flow(pred_horizon=8, act_horizon=act_horizon, obs_horizon=3, policy_class=policy_class)
+    cut = form in CUTTING
+    if cut and "ignore_terminations" in chunk_kwargs:
+        with pytest.raises(ValueError, match="ignore_terminations=True needs a simulator that can be stepped past"):
+            FORMS[form](flow, SCRIPTS, gamma=GAMMA, **chunk_kwargs)
+        return
     env = FORMS[form](flow, SCRIPTS, gamma=GAMMA, **chunk_kwargs)
-    references = [Reference(script, flow, GAMMA, **chunk_kwargs) for script in SCRIPTS]
+    references = [Reference(script, flow, GAMMA, cut=cut, **chunk_kwargs) for script in SCRIPTS]
     try:
         obs = env.reset()
         kept, copies, ended = [obs], [obs.copy()], 0
@@ -299,7 +327,7 @@ def test_batched_refusals() -> None:
         env.get_attr("no_such_thing")
 
 
-@pytest.mark.parametrize("kind", ["workers", "batched"])
+@pytest.mark.parametrize("kind", ["workers", "batched", "SyncVectorEnv", "EnvPool's interface"])
 def test_dict_observations(kind: str) -> None:
     """Frames of every key are stacked, integers stay integers."""
 
@@ -319,8 +347,11 @@ def test_dict_observations(kind: str) -> None:
     single = ActionChunkWrapper(make(), 3, 2)
     if kind == "workers":
         env: VecEnv = WorkerVecEnv([lambda: ActionChunkWrapper(make(), 3, 2)] * 2, WorkerSettings(1))
+    elif kind == "SyncVectorEnv":
+        env = BatchedChunkEnv(gym.vector.SyncVectorEnv([make, make], autoreset_mode="Disabled"), 3, 2)
     else:
-        env = BatchedChunkEnv(BatchedScriptedEnv([make(), make()]), 3, 2)
+        simulator = BatchedScriptedEnv if kind == "batched" else ScriptedEnvPool
+        env = BatchedChunkEnv(simulator([make(), make()]), 3, 2)
     assert env.observation_space == single.observation_space
     assert single.observation_space["rgb"].shape == (2, 2, 2, 3) and single.observation_space["rgb"].dtype == np.uint8
     rows = [(env.reset(), single.reset()[0])]

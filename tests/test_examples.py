@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sb3_dsrl import load_demos
+from sb3_dsrl import SteeredPolicy, collect_rollouts, evaluate, load_demos, make_latent_env
 from tests.scripts import EXAMPLES, run_script
 
 
@@ -47,25 +48,21 @@ def test_make_demos_refuses(tmp_path: Path, flags: tuple[object, ...], sentence:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.timeout(600)
-def test_quickstart(tmp_path: Path) -> None:
-    small = (
-        "--total-iters",
-        30,
-        "--critic-iters",
-        5,
-        "--rollout-episodes",
-        4,
-        "--rollout-rounds",
-        2,
-        "--n-envs",
-        2,
-        "--num-eval-episodes",
-        4,
-    )
-    done = run("quickstart.py", "--output", tmp_path, "--seed", 3, *small, "--total-timesteps", 2000, "--video-episodes", 1)
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What a small quickstart wrote, and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    small: tuple[object, ...] = ("--total-iters", 30, "--critic-iters", 5, "--rollout-episodes", 4, "--rollout-rounds", 2)
+    small += ("--n-envs", 2, "--num-eval-episodes", 4, "--total-timesteps", 2000, "--video-episodes", 1)
+    done = run("quickstart.py", "--output", folder, "--seed", 3, *small)
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads((tmp_path / "report.json").read_text())
+    return folder, done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_quickstart(quickstart: tuple[Path, str]) -> None:
+    folder, text = quickstart
+    report = json.loads((folder / "report.json").read_text())
     assert report.keys() == {"env_id", "seed", "env_steps", "wall_seconds", "rows"}
     assert (report["env_id"], report["seed"]) == ("PushCube-v1", 3)
     assert 1000 <= report["env_steps"] <= 2000 + 2048
@@ -74,7 +71,7 @@ def test_quickstart(tmp_path: Path) -> None:
     for row in report["rows"]:
         assert row.keys() >= {"name", "episodes", "success_once", "success_at_end", "ci_low", "ci_high", "return"}
         assert row["episodes"] == 4 and row["ci_low"] <= row["success_at_end"] <= row["ci_high"]
-        assert row["name"] in done.stdout
+        assert row["name"] in text
     for name in (
         "report.png",
         "before.mp4",
@@ -83,8 +80,69 @@ def test_quickstart(tmp_path: Path) -> None:
         "stage1.pt",
         "flow/config.json",
         "flow/model.safetensors",
+        "policy/latent.safetensors",
     ):
-        assert (tmp_path / name).stat().st_size > 1000 or name == "flow/config.json"
+        assert (folder / name).stat().st_size > 1000 or name == "flow/config.json"
+
+
+#: Raw env steps, and of this package the policy alone.
+PLAY = """
+import json, sys
+import gymnasium as gym
+import mani_skill.envs
+from mani_skill.utils.wrappers import CPUGymWrapper
+from sb3_dsrl import SteeredPolicy
+
+policy = SteeredPolicy.from_pretrained(sys.argv[1])
+kwargs = dict(obs_mode="state", control_mode=policy.flow.control_mode, reward_mode="normalized_dense")
+env = CPUGymWrapper(gym.make("PushCube-v1", sim_backend="physx_cpu", render_backend="none", **kwargs))
+episodes = []
+for seed in map(int, sys.argv[2:]):
+    obs, _ = env.reset(seed=seed)
+    policy.reset()
+    frames, chunks, rewards, success, truncated = [obs], [], [], [], False
+    while not truncated:
+        chunk = policy.predict(frames)
+        frames = []
+        for action in chunk:  # to its end, beyond a time limit
+            obs, reward, _, ended, info = env.step(action)
+            frames.append(obs)
+            if not truncated:
+                rewards.append(float(reward))
+                success.append(bool(info["success"]))
+            truncated = truncated or ended
+        chunks.append(chunk.tolist())
+    episodes.append(dict(chunks=chunks, returns=sum(rewards), once=any(success), end=success[-1], length=len(rewards)))
+print(json.dumps(episodes))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_the_policy_of_the_quickstart_plays_a_raw_env_in_a_fresh_process(quickstart: tuple[Path, str]) -> None:
+    """The same actions to the bit, and the same success, as in the steered env."""
+    folder, seed = quickstart[0] / "policy", 1_000_000
+    seeds = (seed, np.random.default_rng(seed).integers(2**31))  # of a steered env that plays two episodes
+    command = [sys.executable, "-c", PLAY, str(folder), *map(str, seeds)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    episodes = json.loads(done.stdout.splitlines()[-1])
+
+    policy = SteeredPolicy.from_pretrained(folder)
+    env = make_latent_env("PushCube-v1", policy.flow)
+    result = evaluate(policy, env, 2, seed=seed)
+    env.close()
+    for key, found in (
+        ("returns", result.mean_return),
+        ("once", result.success_once),
+        ("end", result.success_at_end),
+        ("length", result.mean_length),
+    ):
+        assert np.mean([episode[key] for episode in episodes]) == pytest.approx(found, rel=1e-6), key
+    env = make_latent_env("PushCube-v1", policy.flow)
+    rollouts = collect_rollouts(policy, env, 2, seed=seed, deterministic=True)
+    env.close()
+    chunks = np.concatenate([episode["chunks"] for episode in episodes]).astype(np.float32)
+    np.testing.assert_array_equal(chunks, rollouts.chunk.numpy())
 
 
 def test_benchmark(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_contributing_lists_the_files_of_each_room() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "docs/faults.md"),
+        *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "docs/faults.md", "docs/simulators.md"),
         *("examples/results/README.md", "examples/results/compare/report.md"),
     ],
 )

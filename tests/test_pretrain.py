@@ -42,6 +42,7 @@ def test_weighting(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], weight
         gate="gate",
         callback=print,
         callback_freq=7,
+        log_interval=5,
         seed=3,
         tensorboard_log="logs",
         progress_bar=True,

@@ -11,10 +11,10 @@ import torch as th
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sb3_dsrl import FlowPolicy, LatentPolicy
+from sb3_dsrl import FlowPolicy, LatentPolicy, SteeredPolicy
 from tests.scripts import EXAMPLES, run_script
 
-pytestmark = pytest.mark.timeout(900)  # the fixture runs five scripts
+pytestmark = pytest.mark.timeout(900)  # the fixture runs six scripts
 DEMOS = EXAMPLES / "demos" / "PushCube-v1.h5"
 EVALUATION = ("--num_eval_envs", 1, "--num_eval_episodes", 2)
 
@@ -25,20 +25,24 @@ def report(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all five scripts ran."""
+    """A folder in which all scripts ran."""
     folder = tmp_path_factory.mktemp("scripts")
     small = ("--network", "mlp", "--pred_horizon", 4, "--act_horizon", 4, "--num_inference_steps", 2, "--critic_iters", 5)
-    flow = ("--awsc_checkpoint", folder / "runs" / "a" / "flow", "--num_envs", 1)
+    flow = ("--awsc_checkpoint", folder / "runs" / "a" / "flow")
+    one = ("--num_envs", 1)
     stage1 = ("--stage1_checkpoint", folder / "runs" / "b" / "stage1.pt")
     for script, flags in (
         ("train_flow.py", ("--demo_path", DEMOS, "--num_demos", 5, *small, "--total_iters", 10, "--exp_name", "a")),
-        ("train_latent_offline.py", (*flow, "--rollout_episodes", 2, "--total_iters", 3, "--exp_name", "b", "--track")),
+        (
+            "train_latent_offline.py",
+            (*flow, *one, "--rollout_episodes", 2, "--total_iters", 3, "--exp_name", "b", "--eval_freq", 2, "--save_freq", 2),
+        ),
         (
             "train_latent_online.py",
             (
-                *(*flow, *stage1, "--total_timesteps", 64, "--rollout_steps", 8, "--ppo_epochs", 1, "--exp_name", "c"),
+                *(*flow, *one, *stage1, "--total_timesteps", 64, "--rollout_steps", 8, "--ppo_epochs", 1, "--exp_name", "c"),
                 *("--eval_freq", 32, "--eval_freq_episodes", 1, "--prior_mix_ratio", 0.2, "--lr", 1e-3, "--capture_video"),
-                *("--save_freq", 30),
+                *("--save_freq", 30, "--device", "cpu"),
             ),
         ),
         (
@@ -46,8 +50,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (*flow, *stage1, "--model", folder / "runs" / "c" / "checkpoints" / "final.zip", "--exp_name", "d"),
         ),
         (
+            "evaluate.py",
+            ("--policy", folder / "runs" / "c" / "policy", "--exp_name", "d_policy"),
+        ),
+        (
             "steerability.py",
-            (*flow, "--demo_path", DEMOS, "--num_demos", 5, "--episodes", 32, "--num_tickets", 2, "--exp_name", "e"),
+            (*flow, *one, "--demo_path", DEMOS, "--num_demos", 5, "--episodes", 32, "--num_tickets", 2, "--exp_name", "e"),
         ),
     ):
         evaluation = () if script == "steerability.py" else EVALUATION
@@ -69,11 +77,23 @@ def test_stage_1(runs: Path) -> None:
     policy = LatentPolicy.load(str(runs / "runs" / "b" / "stage1.pt"))
     assert policy.contract.flow_hash == FlowPolicy.from_pretrained(runs / "runs" / "a" / "flow").fingerprint()
     assert report(runs, "b")["env_steps"] == 2 * 12
+    assert report(runs, "b")["weighting"] == "executed"
     assert [row["name"] for row in report(runs, "b")["rows"]] == ["prior", "stage1", "stage1_stochastic"]
+    steered = SteeredPolicy.from_pretrained(runs / "runs" / "b" / "policy")
+    for key, x in policy.state_dict().items():
+        assert th.equal(steered.latent.state_dict()[key], x), key
 
 
-def test_weights_and_biases_offline(runs: Path) -> None:
-    assert list((runs / "runs" / "b" / "wandb").glob("offline-run-*/*.wandb"))
+def test_curve_of_stage_1(runs: Path) -> None:
+    """Every evaluation is a point, and the best policies so far are kept."""
+    folder = runs / "runs" / "b"
+    curve = report(runs, "b")["curve"]
+    assert [(point["iteration"], point["episodes"]) for point in curve] == [(2, 2), (3, 2)]
+    log = EventAccumulator(str(folder / "tensorboard"))
+    log.Reload()
+    for key in ("success_once", "success_at_end"):
+        assert LatentPolicy.load(folder / "checkpoints" / f"best_eval_{key}.pt").contract
+        assert [(e.step, e.value) for e in log.Scalars(f"eval/{key}")] == [(p["iteration"], p[key]) for p in curve]
 
 
 def test_stage_2(runs: Path) -> None:
@@ -95,7 +115,12 @@ def test_stage_2(runs: Path) -> None:
 def test_evaluate(runs: Path) -> None:
     names = ["prior", "zero", "stage1", "stage1_stochastic", "stage2", "stage2_stochastic"]
     assert [row["name"] for row in report(runs, "d")["rows"]] == names
-    assert report(runs, "d")["rows"][0] == report(runs, "c")["rows"][0]  # the same episodes
+    rows = {row["name"]: row for row in report(runs, "d")["rows"]}
+    assert rows["prior"] == report(runs, "c")["rows"][0]  # the same episodes
+    alone = report(runs, "d_policy")["rows"]
+    assert [row["name"] for row in alone] == ["prior", "zero", "policy", "policy_stochastic"]
+    for row, name in zip(alone, ("prior", "zero", "stage2", "stage2_stochastic"), strict=True):
+        assert row | dict(name=name) == rows[name]
 
 
 def test_steerability(runs: Path) -> None:
@@ -135,15 +160,23 @@ def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "runs" / "a" / "resume").exists()
 
 
-def test_resume_of_stage_1_when_it_is_complete(runs: Path) -> None:
+@pytest.mark.parametrize("complete", [True, False])
+def test_resume_of_stage_1(runs: Path, complete: bool) -> None:
+    """When it is complete, or from the checkpoint before the last: the same policies and the same curve."""
     path = runs / "runs" / "b" / "stage1.pt"
+    if not complete:
+        (path.parent / "resume" / "stage_1_1.checkpoint").unlink()
+        best = path.parent / "checkpoints" / "best_eval_success_once.pt"
+        kept = best.read_bytes()
     expected, before = LatentPolicy.load(str(path)), report(runs, "b")
     path.unlink()
-    done = resumed(runs, "train_latent_offline.py", "b")
+    done = resumed(runs, "train_latent_offline.py", "b", episodes=0 if complete else 2)
     assert done.returncode == 0 and "rollouts:" not in done.stderr, done.stderr[-3000:]
     for key, x in LatentPolicy.load(str(path)).state_dict().items():
         assert th.equal(expected.state_dict()[key], x), key
-    assert report(runs, "b")["env_steps"] == before["env_steps"]
+    after = report(runs, "b")
+    assert (after["env_steps"], after["curve"]) == (before["env_steps"], before["curve"])
+    assert complete or best.read_bytes() == kept
 
 
 def test_resume_of_stage_2(runs: Path) -> None:
@@ -161,9 +194,9 @@ def test_resume_of_stage_2(runs: Path) -> None:
     assert (after["curve"], after["env_steps"]) == (before["curve"], before["env_steps"])
 
 
-def resumed(runs: Path, script: str, name: str) -> subprocess.CompletedProcess[str]:
+def resumed(runs: Path, script: str, name: str, episodes: int = 0) -> subprocess.CompletedProcess[str]:
     """The same flags once more, and ``--resume``."""
-    args = json.loads((runs / "runs" / name / "args.json").read_text()) | dict(num_eval_episodes=0, track=None)
+    args = json.loads((runs / "runs" / name / "args.json").read_text()) | dict(num_eval_episodes=episodes, track=None)
     flags: list[object] = [
         "--resume",
         *(f"--{key}" for key, value in args.items() if value is True and key != "capture_video"),

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
-from sb3_dsrl import FlowPolicy, LatentPolicy, LatentSteeringWrapper, SteerablePolicy, SteeredPolicy
+from sb3_dsrl import FlowPolicy, LatentPolicy, LatentSteeringWrapper, SteerablePolicy, SteeredPolicy, evaluate
 from tests.envs import ScriptedEnv, gym_steered, scripted, tiny_flow
 from tests.models import shaken, small, steered, weights
 
@@ -66,6 +66,23 @@ def test_it_acts_as_the_model_does_on_the_wrapped_env(steer_mode: Any, how: str,
                 obs, *_ = env.step(action)
                 seen.append(obs.copy())
     np.testing.assert_array_equal(np.stack(env.actions), np.stack(expected))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_evaluate_plays_it_as_the_model(env: Any, flow: FlowPolicy, deterministic: bool) -> None:
+    model = shaken(small(env))
+    rows = [
+        evaluate(actor, steered(flow), 4, name="", deterministic=deterministic)
+        for actor in (model, SteeredPolicy.of(model), "zero")
+    ]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_evaluate_refuses_it_where_it_does_not_belong(policy: SteeredPolicy, env: Any) -> None:
+    with pytest.raises(ValueError, match="The model has flow="):
+        evaluate(policy, steered(tiny_flow(seed=1)), 1)
+    with pytest.raises(ValueError, match="A steered policy needs the flow's own features: pass the env below VecNormalize"):
+        evaluate(policy, VecNormalize(env), 1)
 
 
 def test_dict_observations() -> None:

@@ -239,7 +239,7 @@ class Env(ScriptedEnv):
 
 class Mine(SteerablePolicy):
     def __init__(self):
-        super().__init__((3,), 1, (4, 2), cond_dim=3, act_horizon=2)
+        super().__init__(obs_shapes=(3,), obs_horizon=1, noise_shape=(4, 2), cond_dim=3, act_horizon=2)
         self.scale = th.nn.Parameter(th.ones(1))
 
     def encode(self, obs):

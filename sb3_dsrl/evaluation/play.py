@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tqdm import tqdm
 
 from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
-from sb3_dsrl.evaluation.vec_normalize import statistics_kept
+from sb3_dsrl.evaluation.vec_normalize import require_raw_features, statistics_kept
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.contract import PLAYING, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
@@ -28,9 +28,18 @@ class Predictor(Protocol):
         """Maps observations (N, C) to noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``."""
 
 
-#: Whatever chooses the noise: a model or a policy; a frozen flow, which stands for its prior; the name of a control, "prior"
-#: or "zero"; or one fixed noise, of the shape of the env's actions.
-Actor = Predictor | SteerablePolicy | str | np.ndarray
+@runtime_checkable
+class HasLatent(Protocol):
+    """What holds a latent policy that sees the flow's own features, as :class:`~sb3_dsrl.SteeredPolicy` does."""
+
+    @property
+    def latent(self) -> Predictor:
+        """Maps features to noise."""
+
+
+#: Whatever chooses the noise: a model or a policy; a steered policy, by its latent one; a frozen flow, which stands for its
+#: prior; the name of a control, "prior" or "zero"; or one fixed noise, of the shape of the env's actions.
+Actor = Predictor | HasLatent | SteerablePolicy | str | np.ndarray
 
 
 @dataclass
@@ -134,8 +143,8 @@ def evaluate(
     Let the env ignore terminations, so that ``success_at_end`` is judged at the time limit. Report deterministic and
     stochastic play: they can differ widely.
 
-    :param actor: a model or a policy; a flow or "prior" (w ~ N(0, I)); "zero" (w = 0); or one fixed noise, of the shape of the
-        env's actions
+    :param actor: a model, a policy or a :class:`~sb3_dsrl.SteeredPolicy`; a flow or "prior" (w ~ N(0, I)); "zero" (w = 0); or
+        one fixed noise, of the shape of the env's actions
     :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
     :param name: of the result; None takes the control's name or "model"
@@ -195,6 +204,8 @@ def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callab
     shape = (venv.num_envs, *venv.action_space.shape)  # type: ignore[misc]
     space: Any = venv.action_space
     if isinstance(actor, SteerablePolicy):
+        if isinstance(space, NoiseSpace) and actor.fingerprint() != space.contract.flow_hash:
+            raise ValueError(f"The env steers flow {space.contract.flow_hash}, but the flow to play is {actor.fingerprint()}")
         actor = "prior"
     if isinstance(actor, str):
         if actor == "prior":
@@ -206,6 +217,9 @@ def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callab
     if isinstance(actor, np.ndarray):
         fixed = np.broadcast_to(actor.astype(np.float32), shape).clip(space.low, space.high)
         return lambda obs: fixed
+    if isinstance(actor, HasLatent):
+        require_raw_features(venv, "A steered policy")
+        actor = actor.latent
     own = getattr(actor, "action_space", None)
     if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace):
         check_agreement("model", own.contract, "env", space.contract, PLAYING)

@@ -59,7 +59,8 @@ class Records:
     :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
     :param callback: see :data:`FitCallback`, or None
     :param callback_freq: iterations between two calls
-    :raises ValueError: if ``callback_freq`` is below 1
+    :param log_interval: iterations between two records in TensorBoard
+    :raises ValueError: if ``callback_freq`` or ``log_interval`` is below 1
     """
 
     tensorboard_log: str | Path | None
@@ -67,15 +68,23 @@ class Records:
     checkpoint: TrainingCheckpoint | None
     callback: FitCallback | None
     callback_freq: int
+    log_interval: int
 
     def __post_init__(self) -> None:
-        if self.callback_freq < 1:
-            raise ValueError(f"callback_freq must be at least 1, found {self.callback_freq}")
+        for name in ("callback_freq", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
     def loop(self, name: str, n_iterations: int, parts: dict[str, Stateful]) -> ProgressLoop:
         """A loop that shows and keeps what happens in it."""
         return ProgressLoop(
-            name, n_iterations, self.progress_bar, self.tensorboard_log, checkpoint=self.checkpoint, parts=parts
+            name,
+            n_iterations,
+            self.progress_bar,
+            self.tensorboard_log,
+            self.log_interval,
+            checkpoint=self.checkpoint,
+            parts=parts,
         )
 
     def show(self, done: int, policy: LatentPolicy) -> None:

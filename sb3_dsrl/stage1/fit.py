@@ -39,6 +39,7 @@ def fit_executed(
     gate: Gate | None = None,
     callback: FitCallback | None = None,
     callback_freq: int = 100,
+    log_interval: int = 100,
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
@@ -56,6 +57,7 @@ def fit_executed(
     :param callback: called with the number of iterations that are done and the policy, which is in evaluation mode meanwhile;
         what it draws or changes in the policy does not reach the training
     :param callback_freq: iterations between two calls
+    :param log_interval: iterations between two records in TensorBoard
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
@@ -64,7 +66,7 @@ def fit_executed(
     :raises ValueError: if the rollouts do not fit the flow or the env
     """
     settings = ExecutedSettings() if settings is None else settings
-    records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq)
+    records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq, log_interval)
     if seed is not None:
         th.manual_seed(seed)
     steering, policy = steering_and_policy(target, rollouts, policy_kwargs)
@@ -86,6 +88,7 @@ def fit_candidates(
     gate: Gate | None = None,
     callback: FitCallback | None = None,
     callback_freq: int = 100,
+    log_interval: int = 100,
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
@@ -104,6 +107,7 @@ def fit_candidates(
     :param gate: tests the result
     :param callback: called with the number of iterations that are done and the policy
     :param callback_freq: iterations between two calls
+    :param log_interval: iterations between two records in TensorBoard
     :param seed: seeds torch's global generator
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
@@ -113,7 +117,7 @@ def fit_candidates(
         trained critic
     """
     settings = CandidateSettings() if settings is None else settings
-    records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq)
+    records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq, log_interval)
     if demos is None and rollouts is None:
         raise ValueError("Candidates need states: pass demos, rollouts, or both")
     if seed is not None:

@@ -32,6 +32,7 @@ def pretrain_latent(
     gate: Gate | None = None,
     callback: FitCallback | None = None,
     callback_freq: int = 100,
+    log_interval: int = 100,
     seed: int | None = None,
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
@@ -55,6 +56,7 @@ def pretrain_latent(
     :param callback: called with the number of iterations that are done and the policy, which is in evaluation mode meanwhile;
         what it draws or changes in the policy does not reach the training
     :param callback_freq: iterations between two calls
+    :param log_interval: iterations between two records in TensorBoard
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
@@ -75,6 +77,7 @@ def pretrain_latent(
         gate=gate,
         callback=callback,
         callback_freq=callback_freq,
+        log_interval=log_interval,
         seed=seed,
         tensorboard_log=tensorboard_log,
         progress_bar=progress_bar,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
-from sb3_dsrl.steering.batched_infos import last_counted, split_info
+from sb3_dsrl.steering.batched_infos import last_counted, reported_success, split_info
 from sb3_dsrl.steering.chunks import (
     ActionScaler,
     check_chunking,
@@ -22,6 +23,7 @@ from sb3_dsrl.steering.chunks import (
     stacked_space,
 )
 from sb3_dsrl.steering.contract import ignores_terminations
+from sb3_dsrl.steering.vector_adapter import VectorAdapter, batched_interface
 from sb3_dsrl.utils.observations import map_frames
 
 
@@ -29,57 +31,75 @@ class BatchedChunkEnv(VecEnv):
     """
     The form of :class:`~sb3_dsrl.ActionChunkWrapper` for a batched simulator, with the same semantics for each of its envs.
 
-    A batched simulator cannot leave one env out of a step. After a termination inside a chunk that env is stepped on with
-    zero actions, but nothing of it counts: its reward, frames and metrics stay as they were. Envs whose episode ended
-    are reset together at the end of the chunk.
+    Most batched simulators cannot leave one env out of a step. After a termination inside a chunk that env is stepped on with
+    the middle of its action bounds, but nothing of it counts: its reward, frames and metrics stay as they were. Envs whose
+    episode ended are reset together at the end of the chunk.
+
+    Which simulators it takes, all with exact transitions:
+
+    - ManiSkill's, and vector envs of gymnasium that reset nothing by themselves (``AutoresetMode.DISABLED``): they are stepped
+      past an end, as said above. A time limit does not cut a chunk.
+    - EnvPool (``env_type="gymnasium"``): envs that ended are left out of the steps. A time limit cuts a chunk, as
+      ``cut_at_time_limit`` of ActionChunkWrapper does: k < H, and :class:`~sb3_dsrl.ExactBootstrap` corrects PPO.
+    - vector envs that reset themselves (``NEXT_STEP``, ``SAME_STEP``), as long as all episodes end in the same step, as those
+      of tasks without terminations do; the first env that ends alone is an error. A time limit cuts a chunk.
 
     Observations are tensors on the simulator's device, (N, obs_horizon, D) or a dict of such, and so are terminal
     observations; rewards and dones are NumPy. :class:`~sb3_dsrl.VecLatentSteering` turns observations into features. Infos
     hold what the simulator reported for that env at its last step that counts, and the keys of ActionChunkWrapper.
 
-    :param env: env with ManiSkill's batched interface: ``num_envs``, ``device``, ``single_observation_space``,
-        ``single_action_space``; ``step`` takes and gives tensors with a leading axis N; ``reset(options={"env_idx": ...})``
-        resets a part; nothing resets by itself
+    :param env: a ``gymnasium.vector.VectorEnv``, EnvPool, or an env with ManiSkill's batched interface: ``num_envs``,
+        ``device``, ``single_observation_space``, ``single_action_space``; ``step`` takes and gives tensors with a leading axis
+        N; ``reset(options={"env_idx": ...})`` resets a part; nothing resets by itself
     :param act_horizon: H
     :param obs_horizon: frames in an observation
     :param gamma: discount per env step
     :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None is
         :func:`~sb3_dsrl.steering.contract.ignores_terminations`
     :param reward_scale: factor on the macro reward
-    :raises ValueError: if the env has no such interface or an argument is out of range
+    :raises ValueError: if the env has no such interface, an argument is out of range, or terminations are to be ignored of a
+        simulator that resets itself
     """
 
     def __init__(
         self,
-        env: gym.Env,
+        env: gym.Env | gym.vector.VectorEnv,
         act_horizon: int,
         obs_horizon: int = 1,
         gamma: float = 0.99,
         ignore_terminations: bool | None = None,
         reward_scale: float = 1.0,
     ) -> None:
-        base: Any = env.unwrapped
+        simulator: Any = batched_interface(env)
+        base: Any = simulator.unwrapped
         if not hasattr(base, "single_action_space"):
             raise ValueError(
                 f"BatchedChunkEnv needs an env with ManiSkill's batched interface, found {type(base).__name__} without "
                 f"single_action_space; for one env use ActionChunkWrapper"
             )
         check_chunking(act_horizon, obs_horizon, gamma)
-        self.env, self.device = env, th.device(base.device)
+        self.env, self.device = simulator, th.device(base.device)
         self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
         self.reward_mode: str | None = getattr(base, "reward_mode", None)
         if ignore_terminations is None:
             ignore_terminations = ignores_terminations(self.reward_mode)
         self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
-        self.env_id = env.spec.id if env.spec is not None else None
+        self.cut_at_time_limit: bool = getattr(base, "cut_at_time_limit", False)
+        if ignore_terminations and self.cut_at_time_limit:
+            raise ValueError(
+                f"ignore_terminations=True needs a simulator that can be stepped past a termination, found {base.venv}, "
+                f"which resets itself"
+            )
+        self.env_id = simulator.spec.id if simulator.spec is not None else None
         self.control_mode: str | None = getattr(base, "control_mode", None)
-        self.render_mode = env.render_mode
+        self.render_mode = simulator.render_mode
         single = base.single_action_space
         super().__init__(
             base.num_envs, stacked_space(base.single_observation_space, obs_horizon), chunk_space(single, act_horizon)
         )
         self._scale = ActionScaler(single, lambda bound: th.as_tensor(bound, device=self.device))
-        self._set_observing = observing_switch(env)
+        self._idle = self._scale(th.zeros(single.shape, device=self.device))
+        self._set_observing = observing_switch(simulator)
         self._rng = np.random.default_rng()
         self._frames: Any = None
         self._chunks = th.zeros(self.num_envs, *self.action_space.shape, device=self.device)  # type: ignore[misc]
@@ -90,6 +110,10 @@ class BatchedChunkEnv(VecEnv):
         :return: (N, obs_horizon, D) or a dict of such; the first observation fills all frames
         """
         if any(seed is not None for seed in self._seeds):
+            if not getattr(self.env, "takes_seeds", True):
+                warnings.warn(
+                    "EnvPool takes its seed when it is made, envpool.make(..., seed=...): seed() has no effect on it"
+                )
             self._rng = np.random.default_rng(self._seeds[0])
         else:
             self._seeds = self._rng.integers(2**31, size=self.num_envs).tolist()
@@ -127,7 +151,7 @@ class BatchedChunkEnv(VecEnv):
                 break
             # without terminations the policy sees the last frames of a chunk only
             self._set_observing(not self.ignore_terminations or i >= self.act_horizon - self.obs_horizon)
-            step: Any = self.env.step(actions[:, i] * alive[:, None])
+            step: Any = self.env.step(th.where(alive[:, None], actions[:, i], self._idle))
             obs, reward, ended, timed_out, info = step
             reward = th.where(alive, reward.float(), 0.0)
             macro_reward += self.gamma**i * reward
@@ -140,6 +164,8 @@ class BatchedChunkEnv(VecEnv):
                 alive = alive & ~ended
             truncated |= timed_out & alive
             metrics.close(timed_out & alive)
+            if self.cut_at_time_limit:
+                alive = alive & ~timed_out
         return self._finish(report, self.reward_scale * macro_reward, terminated, truncated, k)
 
     def _finish(self, report: dict[str, Any], macro_reward: th.Tensor, *outcome: th.Tensor) -> VecEnvStepReturn:
@@ -211,7 +237,8 @@ class BatchedChunkEnv(VecEnv):
         :raises ValueError: if it is meant for some of them only
         """
         self._all_or_none(f"set_attr({attr_name!r})", indices)
-        setattr(self.env.unwrapped, attr_name, value)
+        simulator: Any = self.env.venv if isinstance(self.env, VectorAdapter) else self.env
+        setattr(simulator.unwrapped, attr_name, value)
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
@@ -261,11 +288,11 @@ class _BatchedMetrics:
         counts = alive & ~self._closed
         self._return += reward * counts
         self._length += counts
-        success = info.get("success", info.get("is_success"))
+        success, reports = reported_success(info, counts)
         if success is not None:
             self.knows_success = True
-            self._success = th.where(counts, success.bool(), self._success)
-            self._once = self._once | (self._success & counts)
+            self._success = th.where(reports, success, self._success)
+            self._once = self._once | (success & reports)
 
     def end_macro_step(self, macro_reward: th.Tensor) -> None:
         self._macro_return += macro_reward

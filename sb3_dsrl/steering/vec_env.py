@@ -48,6 +48,11 @@ class VecLatentSteering(VecEnvWrapper):
         allow_other_task: bool = False,
     ) -> None:
         check_flow(flow)
+        if isinstance(venv, gym.vector.VectorEnv):
+            raise ValueError(
+                f"VecLatentSteering expects an SB3 VecEnv of chunk envs, found {type(venv).__name__}: put it into "
+                f"BatchedChunkEnv"
+            )
         try:
             settings = {name: venv.get_attr(name, indices=0)[0] for name in REWARDS}
         except AttributeError as error:

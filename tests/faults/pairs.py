@@ -173,6 +173,11 @@ CASES = [
         r"The model has flow='\w+', but the env has '\w+'",
     ),
     Case(
+        "flow and evaluated flow: another flow",
+        lambda folder: evaluate(tiny_flow(seed=1), env(), 1),
+        r"The env steers flow \w+, but the flow to play is \w+",
+    ),
+    Case(
         "flow and stage 1: another flow",
         lambda folder: model(env()).policy.copy_into(model(env(1))),
         r"The policy has flow='\w+', but the model's env has '\w+'",

@@ -78,7 +78,7 @@ def bad(name: str, sentence: str, script_name: str, *flags: object, prepare: Cal
 
 TRAIN = ("train_flow", "--demo_path", "demos.h5")
 QUICK = ("--network", "mlp", "--total_iters", 2, "--critic_iters", 0, "--num_eval_episodes", 0, "--batch_size", 4)
-OFFLINE = ("train_latent_offline", "--awsc_checkpoint", "flow", "--num_envs", 1)
+OFFLINE = ("train_latent_offline", "--awsc_checkpoint", "flow", "--num_envs", 1, "--num_eval_envs", 1)
 ONLINE = ("train_latent_online", "--awsc_checkpoint", "flow", "--num_envs", 1, "--num_eval_envs", 1)
 EVALUATE = ("evaluate", "--awsc_checkpoint", "flow", "--num_eval_envs", 1, "--num_eval_episodes", 1, "--max_episode_steps", 4)
 
@@ -174,9 +174,52 @@ CASES = [
     bad("no model", "none.zip does not exist; expected a model", *EVALUATE, "--model", "none.zip", prepare=flow()),
     bad("model that is none", "config.json is no zip file", *EVALUATE, "--model", "flow/config.json", prepare=flow()),
     bad(
-        "agent's checkpoint without what it does not tell",
-        r"agent.pt does not tell obs_horizon \(or state_dim\), pred_horizon",
-        "evaluate",
-        *("--awsc_checkpoint", "agent.pt"),
+        "no agent's checkpoint",
+        r"agent.pt does not exist; expected an AWShortCutFlowAgent checkpoint \(.pt\)",
+        *("evaluate", "--awsc_checkpoint", "agent.pt"),
+    ),
+    bad("nothing to evaluate", "Nothing to evaluate: pass --policy, or --awsc_checkpoint", "evaluate"),
+    bad(
+        "--policy that is none",
+        "flow holds no flow: expected a folder written by SteeredPolicy.save_pretrained",
+        *("evaluate", "--policy", "flow"),
+        prepare=flow(),
+    ),
+    bad(
+        "--policy and a flow",
+        "--awsc_checkpoint and --policy exclude each other: policy holds a flow and says how it is steered",
+        *(*EVALUATE, "--policy", "policy"),
+    ),
+    bad(
+        "--policy and steering",
+        "--steer_mode and --policy exclude each other",
+        *("evaluate", "--policy", "policy", "--steer_mode", "full"),
+    ),
+    bad(
+        "videos of nothing",
+        "--capture_video does nothing with --num_eval_episodes 0",
+        *(*ONLINE, "--num_eval_episodes", 0, "--capture_video"),
+        prepare=flow(),
+    ),
+    bad("--std and stage 1", "--std does nothing with --stage1_checkpoint", *ONLINE, "--std", 1, "--checkpoint", "none.pt"),
+    *(
+        bad(name, sentence, *OFFLINE, *flags)
+        for name, sentence, flags in (
+            ("--num_candidates", "--num_candidates does nothing with --weighting executed", ("--num_candidates", 8)),
+            (
+                "demos",
+                "--demo_path does nothing with --weighting exec",
+                ("--weighting", "executed", "--demo_path", "demos.h5"),
+            ),
+            ("--total_iters", "--total_iters does nothing with --weighting none", ("--weighting", "none", "--total_iters", 9)),
+            ("--num_demos", "--num_demos does nothing without --demo_path", ("--num_demos", 3)),
+            ("--ticket_noises", "--ticket_noises does nothing without --ticket", ("--ticket_noises", 3)),
+            ("--num_envs", "--num_envs does nothing without rollouts, --ticket and", ("--demo_path", "demos.h5")),
+        )
+    ),
+    bad(
+        "--num_demos of no demos",
+        "--num_demos does nothing without --demo_path",
+        *("steerability", "--awsc_checkpoint", "flow", "--num_demos", 3),
     ),
 ]

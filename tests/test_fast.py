@@ -19,7 +19,7 @@ from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, make_chunk_env
 from sb3_dsrl.envs.fast import install, wants_fast
 from sb3_dsrl.envs.fast.end_effector import matrix_to_quaternion
 from sb3_dsrl.envs.fast.observations import ObserveOnDemand
-from sb3_dsrl.envs.fast.poses import FastActor, FastPose
+from sb3_dsrl.envs.fast.poses import FastActor, FastPose, rotation_matrix
 from sb3_dsrl.envs.maniskill_wrappers import unbatched
 from tests.envs import tiny_flow
 from tests.identity import OBJECTS, Pair
@@ -128,6 +128,14 @@ def test_pose_arithmetic_is_equal() -> None:
     many = Pose(th.randn(3, 7))
     for plain, fast in ((a * many, fast_a * many), (many * a, many * fast_a), (many.inv(), FastPose(many.raw_pose).inv())):
         assert th.equal(plain.raw_pose, fast.raw_pose)
+
+
+def test_matrices_are_equal() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        pose = Pose(th.tensor(rng.normal(size=(1, 7)).astype(np.float32)))
+        expected, found = rotations.quaternion_to_matrix(pose.q), rotation_matrix(pose)
+        assert expected.numpy().tobytes() == found.numpy().tobytes() and expected.stride() == found.stride()
 
 
 def test_quaternions_of_matrices_are_equal() -> None:

@@ -169,7 +169,7 @@ def action_scaling(controller: BaseController) -> Callable[[th.Tensor], np.ndarr
     def scaled(action: th.Tensor) -> np.ndarray:
         assert action.shape == shape, (action.shape, shape)
         array = action.numpy()
-        return middle + half * np.clip(array, -1, 1) if controller._normalize_action else array
+        return middle + half * np.maximum(np.minimum(array, 1), -1) if controller._normalize_action else array
 
     return scaled
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import sapien
 import torch as th
 from mani_skill.agents.base_agent import BaseAgent
@@ -15,6 +14,8 @@ from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils import common
 from mani_skill.utils.sapien_utils import compute_total_impulse
 from mani_skill.utils.structs import Link
+
+from sb3_dsrl.envs.fast.poses import rotation_matrix
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,7 @@ def opening_direction(link: Link, sign: int) -> th.Tensor:
     :param sign: of the axis
     :return: (1, 3), in a matrix's memory as there, since the order in which torch sums depends on it
     """
-    q = link.pose.q
-    two_s = (2.0 / (q * q).sum(-1)).numpy()[0]
-    r, i, j, k = q.numpy()[0]
     matrix = th.empty((1, 4, 4))
-    matrix.numpy()[0, :3, 1] = two_s * (i * j - k * r), np.float32(1) - two_s * (i * i + k * k), two_s * (j * k + i * r)
+    matrix[..., :3, 1] = rotation_matrix(link.pose)[..., 1]
     direction = matrix[..., :3, 1]
     return direction if sign > 0 else -direction

@@ -15,6 +15,7 @@ from sb3_dsrl.envs.fast.controllers import speed_up_controllers
 from sb3_dsrl.envs.fast.grasping import speed_up_grasping
 from sb3_dsrl.envs.fast.observations import ObserveOnDemand, may_leave_out
 from sb3_dsrl.envs.fast.poses import speed_up_poses
+from sb3_dsrl.envs.fast.tasks import speed_up_task
 from sb3_dsrl.envs.fast.wrappers import speed_up_wrappers
 
 #: Versions of ManiSkill that the identity test has passed with.
@@ -65,3 +66,4 @@ def _install(base: BaseEnv) -> None:
     speed_up_poses(base)
     speed_up_controllers(base)
     speed_up_grasping(base)
+    speed_up_task(base)

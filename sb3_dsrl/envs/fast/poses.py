@@ -157,3 +157,23 @@ def rotated(q: np.ndarray, point: np.ndarray) -> np.ndarray:
     quaternion = np.zeros(4, np.float32)
     quaternion[1:] = point
     return quaternion_product(quaternion_product(q, quaternion), q * INVERSE)[1:]
+
+
+def rotation_matrix(pose: Pose) -> th.Tensor:
+    """
+    Stands for ``quaternion_to_matrix(pose.q)``.
+
+    :param pose: of one object
+    :return: (1, 3, 3)
+    """
+    q = pose.q
+    two_s = (2.0 / (q * q).sum(-1)).numpy()[0]  # torch's sum has an order of its own
+    r, i, j, k = q.numpy()[0]
+    one = np.float32(1)
+    matrix = th.empty((1, 3, 3))
+    matrix.numpy()[0] = (
+        (one - two_s * (j * j + k * k), two_s * (i * j - k * r), two_s * (i * k + j * r)),
+        (two_s * (i * j + k * r), one - two_s * (i * i + k * k), two_s * (j * k - i * r)),
+        (two_s * (i * k - j * r), two_s * (j * k + i * r), one - two_s * (i * i + j * j)),
+    )
+    return matrix

@@ -53,3 +53,20 @@ def test_steerability_ranks_flows() -> None:
         stated = re.search(sentence, README)
         assert stated is not None, sentence
         assert float(stated.group(1)) == round(float(spearmanr(score, outcome).statistic), 2)
+
+
+def test_the_quickstarts_table_is_that_of_its_reports() -> None:
+    for seed in range(3):
+        report = json.loads((RESULTS / "quickstart" / f"seed{seed}.json").read_text())
+        assert report["seed"] == seed
+        of = {row["name"]: row for row in report["rows"]}
+
+        def interval(name: str, of: dict = of) -> str:
+            return f"{of[name]['success_at_end']:.2f} ({of[name]['ci_low']:.2f} to {of[name]['ci_high']:.2f})"
+
+        def both(name: str, of: dict = of) -> str:
+            return f"{of[name]['success_once']:.2f} / {of[name]['success_at_end']:.2f}"
+
+        cells = [str(seed), interval("prior"), both("zero"), both("stage1"), both("stage1_stochastic"), interval("stage2")]
+        cells += [both("stage2_stochastic"), f"{report['env_steps']:,}"]
+        assert f"| {' | '.join(cells)} |" in block("results")

@@ -9,6 +9,7 @@ import mani_skill.envs  # noqa: F401  registers the envs
 import numpy as np
 from gymnasium import spaces
 from mani_skill.utils.wrappers import CPUGymWrapper, FlattenRGBDObservationWrapper
+from stable_baselines3.common.env_util import is_wrapped
 
 from sb3_dsrl.envs.fast import make_fast, wants_fast
 
@@ -30,14 +31,10 @@ def unbatched(env: gym.Env, fast: bool | None = None) -> gym.Env:
             f"use make_latent_env({base.spec.id!r}, flow, n_envs={base.num_envs})"
         )
     fast = wants_fast() if fast is None else fast
-    layer = env
-    while isinstance(layer, gym.Wrapper):
-        if isinstance(layer, EpisodeSeeds):
-            return env
-        if isinstance(layer, CPUGymWrapper):
-            return EpisodeSeeds(make_fast(env) if fast else env)
-        layer = layer.env
-    env = CPUGymWrapper(flat_images(env))
+    if is_wrapped(env, EpisodeSeeds):
+        return env
+    if not is_wrapped(env, CPUGymWrapper):
+        env = CPUGymWrapper(flat_images(env))
     return EpisodeSeeds(make_fast(env) if fast else env)
 
 

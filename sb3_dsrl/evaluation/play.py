@@ -191,13 +191,22 @@ def _own_env_left_behind(actor: Actor, venv: VecEnv) -> Iterator[None]:
     finally:
         if isinstance(actor, BaseAlgorithm):
             own = actor.get_env()
-            if own is not None and not _innermost(own).isdisjoint(_innermost(venv)):
+            if own is not None and share_a_simulator(own, venv):
                 actor._last_obs = None  # learn() then resets the env
 
 
-def _innermost(venv: VecEnv) -> set[int]:
-    base = venv.unwrapped
-    return {id(env.unwrapped) for env in base.envs} if isinstance(base, DummyVecEnv) else {id(base)}
+def share_a_simulator(a: gym.Env | VecEnv, b: gym.Env | VecEnv) -> bool:
+    """
+    :param a: gym or vectorised
+    :param b: gym or vectorised
+    :return: whether the same env of this process is below both
+    """
+    return not _innermost(a).isdisjoint(_innermost(b))
+
+
+def _innermost(env: gym.Env | VecEnv) -> set[int]:
+    base = env.unwrapped
+    return {id(inner.unwrapped) for inner in base.envs} if isinstance(base, DummyVecEnv) else {id(base)}
 
 
 def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:

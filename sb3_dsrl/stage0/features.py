@@ -75,8 +75,7 @@ def demo_transitions(flow: SteerablePolicy, demos: Demos, ignore_terminations: b
     :return: the transitions, on the flow's device
     :raises ValueError: if demos and flow do not fit, or the demos hold no rewards
     """
-    if ignore_terminations is None:
-        ignore_terminations = ignores_terminations(demos.reward_mode)
+    ignore_terminations = ignores_terminations(demos.reward_mode, ignore_terminations)
     raw = chunk_transitions(encode_demos(flow, demos), 1, flow.act_horizon, flow.gamma, ignore_terminations, flow.reward_scale)
     columns = (raw.obs[:, 0], raw.chunk, raw.reward, raw.discount, raw.next_obs[:, 0])
     return FeatureTransitions(*map(th.from_numpy, columns)).to(flow.device)

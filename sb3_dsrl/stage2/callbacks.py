@@ -8,9 +8,9 @@ from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
-from sb3_dsrl.evaluation.play import evaluate
+from sb3_dsrl.evaluation.play import evaluate, share_a_simulator
 from sb3_dsrl.evaluation.results import EvalResult
 from sb3_dsrl.utils.checkpoint import atomic_file
 
@@ -73,7 +73,7 @@ class SuccessEvalCallback(BaseCallback):
         self._best = dict(state_dict["best"])
 
     def _init_callback(self) -> None:
-        if _simulators(self.eval_env) & _simulators(self.training_env):
+        if share_a_simulator(self.eval_env, self.training_env):
             raise ValueError(
                 "eval_env is the training env: evaluations would end the episodes that are being collected; make another env"
             )
@@ -133,9 +133,3 @@ class SuccessEvalCallback(BaseCallback):
         assert self.save_path is not None
         with atomic_file(self.save_path / f"{name}.zip") as file:
             self.model.save(file)
-
-
-def _simulators(env: gym.Env | VecEnv) -> set[int]:
-    """Identities of the innermost envs of this process."""
-    base = env.unwrapped
-    return {id(inner.unwrapped) for inner in base.envs} if isinstance(base, DummyVecEnv) else {id(base)}

@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
@@ -81,11 +82,10 @@ class BatchedChunkEnv(VecEnv):
         self.env, self.device = simulator, th.device(base.device)
         self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
         self.reward_mode: str | None = getattr(base, "reward_mode", None)
-        if ignore_terminations is None:
-            ignore_terminations = ignores_terminations(self.reward_mode)
-        self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
+        self.ignore_terminations = ignores_terminations(self.reward_mode, ignore_terminations)
+        self.reward_scale = reward_scale
         self.cut_at_time_limit: bool = getattr(base, "cut_at_time_limit", False)
-        if ignore_terminations and self.cut_at_time_limit:
+        if self.ignore_terminations and self.cut_at_time_limit:
             raise ValueError(
                 f"ignore_terminations=True needs a simulator that can be stepped past a termination, found {base.venv}, "
                 f"which resets itself"
@@ -254,10 +254,7 @@ class BatchedChunkEnv(VecEnv):
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """Whether the simulator is wrapped in this class, the same for each index."""
-        layer: Any = self.env
-        while isinstance(layer, gym.Wrapper) and not isinstance(layer, wrapper_class):
-            layer = layer.env
-        return [isinstance(layer, wrapper_class) for _ in self._get_indices(indices)]
+        return [is_wrapped(self.env, wrapper_class) for _ in self._get_indices(indices)]
 
     def _all_or_none(self, what: str, indices: VecEnvIndices) -> None:
         if len(set(self._get_indices(indices))) != self.num_envs:

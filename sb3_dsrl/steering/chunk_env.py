@@ -12,6 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -80,9 +81,8 @@ class ActionChunkWrapper(gym.Wrapper):
         check_chunking(act_horizon, obs_horizon, gamma)
         self.act_horizon, self.obs_horizon, self.gamma = act_horizon, obs_horizon, gamma
         self.reward_mode: str | None = getattr(env.unwrapped, "reward_mode", None)
-        if ignore_terminations is None:
-            ignore_terminations = ignores_terminations(self.reward_mode)
-        self.ignore_terminations, self.reward_scale = ignore_terminations, reward_scale
+        self.ignore_terminations = ignores_terminations(self.reward_mode, ignore_terminations)
+        self.reward_scale = reward_scale
         self.cut_at_time_limit = cut_at_time_limit
         self.action_space = chunk_space(env.action_space, act_horizon)
         self.observation_space = stacked_space(env.observation_space, obs_horizon)
@@ -163,19 +163,15 @@ class ActionChunkWrapper(gym.Wrapper):
 
 
 def _check_layers(env: gym.Env) -> None:
-    layer = env
-    while isinstance(layer, gym.Wrapper):
-        name = type(layer).__name__
-        if isinstance(layer, gym.wrappers.Autoreset):
-            raise ValueError(
-                f"{name} resets the env by itself, so that a chunk would run into the next episode: pass the env below it"
-            )
-        if isinstance(layer, Monitor):
-            raise ValueError(
-                f"{name} below a chunk env would end an episode in the middle of a chunk: put it above, as in "
-                f"Monitor(LatentSteeringWrapper(env, flow)) or Monitor(ActionChunkWrapper(env, act_horizon))"
-            )
-        layer = layer.env
+    if is_wrapped(env, gym.wrappers.Autoreset):
+        raise ValueError(
+            "Autoreset resets the env by itself, so that a chunk would run into the next episode: pass the env below it"
+        )
+    if is_wrapped(env, Monitor):
+        raise ValueError(
+            "Monitor below a chunk env would end an episode in the middle of a chunk: put it above, as in "
+            "Monitor(LatentSteeringWrapper(env, flow)) or Monitor(ActionChunkWrapper(env, act_horizon))"
+        )
 
 
 class _EpisodeMetrics:

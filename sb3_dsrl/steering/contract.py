@@ -20,15 +20,18 @@ PLAYING = ("flow_hash", "act_horizon", "steer_mode", "noise_bound")
 #: What decides which value a chunk has.
 REWARDS = ("gamma", "reward_scale", "reward_mode", "ignore_terminations")
 
+EVERYTHING = (*PLAYING, *REWARDS, "num_steps")
 
-def ignores_terminations(reward_mode: str | None) -> bool:
+
+def ignores_terminations(reward_mode: str | None, asked: bool | None = None) -> bool:
     """
     The one default of ``ignore_terminations``: go on after success under a dense reward of ManiSkill, stop everywhere else.
     A dense reward that ends at success pays for stalling.
 
     :param reward_mode: ManiSkill reward mode; None for other envs
+    :param asked: what was asked for; None is the default
     """
-    return reward_mode in ("dense", "normalized_dense")
+    return asked if asked is not None else reward_mode in ("dense", "normalized_dense")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Contract:
         """Plain values, for JSON; ``Contract(**values)`` is the way back."""
         return asdict(self)
 
-    def differences(self, other: Contract, names: Sequence[str] = (*PLAYING, *REWARDS, "num_steps")) -> list[str]:
+    def differences(self, other: Contract, names: Sequence[str] = EVERYTHING) -> list[str]:
         """
         :param other: to compare with
         :param names: fields that count; None on either side means unknown, which differs from nothing
@@ -118,7 +121,7 @@ def check_agreement(
     found: Contract,
     other: str,
     expected: Contract,
-    names: Sequence[str] = (*PLAYING, *REWARDS, "num_steps"),
+    names: Sequence[str] = EVERYTHING,
 ) -> None:
     """
     :param who: whose contract is checked, such as "rollouts"

@@ -19,7 +19,8 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_dsrl.policies.networks import VelocityMLP, VelocityNet, VelocityUNet, mish
+from sb3_dsrl.policies.activations import mish
+from sb3_dsrl.policies.networks import VelocityMLP, VelocityNet, VelocityUNet
 
 #: Noises that are decoded together on a CPU, so that the activations of the U-Net stay in a core's cache.
 BLOCK_SIZE = 64

@@ -111,7 +111,8 @@ def euler(flow: FlowPolicy, cond: th.Tensor, w: th.Tensor, n: int, d: float) -> 
     x = w
     for i in range(n):
         x = x + flow.net(x, th.full((len(w),), i / n), th.full((len(w),), d), cond) / n
-    return x.clamp(-1, 1)
+    assert flow.action_normalizer is not None
+    return (flow.action_normalizer.offset + flow.action_normalizer.scale * x).clamp(-1, 1)
 
 
 @pytest.fixture(scope="module")

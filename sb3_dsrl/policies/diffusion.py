@@ -6,6 +6,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
+from sb3_dsrl.policies.action_normalizer import ActionNormalizer
 from sb3_dsrl.policies.flow import CODERS, FlowPolicy
 from sb3_dsrl.policies.losses import noise_prediction_loss
 
@@ -51,7 +52,12 @@ class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "di
         for k in scheduler.timesteps:
             eps = self.net(x, *_times(k.expand(len(x)).to(x.device)), cond)
             x = scheduler.step(eps, k, x, eta=0.0).prev_sample
-        return x.reshape(w.shape).clamp(-1.0, 1.0)
+        return self._to_actions(x.reshape(w.shape))
+
+    @staticmethod
+    def _fit(normalizer: ActionNormalizer, actions: th.Tensor) -> None:
+        # DDIM clips what it takes for the clean chunk to [-1, 1] at every step, without which its first steps go astray
+        normalizer.fit_range(actions)
 
     def imitation_loss(  # type: ignore[override]  # a flow's has an argument of its own
         self, teacher: nn.Module, cond: th.Tensor, chunk: th.Tensor, weights: th.Tensor | None = None
@@ -61,13 +67,13 @@ class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "di
 
         :param teacher: the average of the network, which a diffusion model does not learn from
         :param cond: (B, C)
-        :param chunk: (B, T, A)
+        :param chunk: actions of the env, (B, T, A)
         :param weights: weight of each sample, (B,); None is 1
         :return: name -> loss
         """
         noise = th.randn_like(chunk)
         k = th.randint(N_LEVELS, (len(chunk),), device=chunk.device)
-        noisy = _scheduler().add_noise(chunk, noise, k)
+        noisy = _scheduler().add_noise(self._from_actions(chunk), noise, k)
         return {"flow/noise_prediction_loss": noise_prediction_loss(self.net(noisy, *_times(k), cond), noise, weights)}
 
 

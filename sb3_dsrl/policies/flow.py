@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import nn
 
+from sb3_dsrl.policies.action_normalizer import ActionNormalizer
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate
 from sb3_dsrl.policies.encoders import ImageEncoder, ObsEncoder, StateEncoder
@@ -61,7 +62,8 @@ def _check_sha256(folder: Path) -> None:
 #: How the hub mixin builds networks from ``config.json``; subclasses must name it, too. What it writes at construction is
 #: replaced when the policy is saved.
 CODERS: dict[type, Any] = {
-    net: (lambda net: type(net).__name__, _from_config) for net in (VelocityNet, ObsEncoder, EnsembleChunkCritic)
+    net: (lambda net: type(net).__name__, _from_config)
+    for net in (VelocityNet, ObsEncoder, EnsembleChunkCritic, ActionNormalizer)
 }
 
 
@@ -94,6 +96,8 @@ class FlowPolicy(
     :param control_mode: ManiSkill controller that the actions are for
     :param gamma: discount per env step that the critic was trained with
     :param reward_scale: factor on the rewards that the critic was trained with
+    :param action_normalizer: from actions to the numbers that ``net`` sees; None leaves them as they are, as in foreign
+        checkpoints and in folders that were saved before there were normalisers
     :param policy_class: name of the class that saved this policy, for a check; None checks nothing
     :raises ValueError: if the horizons or the networks do not fit each other, or another class saved the policy
     """
@@ -113,6 +117,7 @@ class FlowPolicy(
         control_mode: str | None = None,
         gamma: float = 0.99,
         reward_scale: float = 1.0,
+        action_normalizer: ActionNormalizer | None = None,
         policy_class: str | None = None,
     ) -> None:
         if policy_class is not None and policy_class != type(self).__name__:
@@ -136,6 +141,7 @@ class FlowPolicy(
         if net.cond_dim != encoder.cond_dim:
             raise ValueError(f"net expects {net.cond_dim} features, but the encoder gives {encoder.cond_dim}")
         self.encoder, self.net, self.num_steps = encoder, net, num_steps
+        self.action_normalizer = action_normalizer
         self._integrate: Integrate = integrate
 
     @classmethod
@@ -151,6 +157,7 @@ class FlowPolicy(
         net_class: type[VelocityNet] = VelocityUNet,
         net_kwargs: dict[str, Any] | None = None,
         critic_kwargs: dict[str, Any] | None = None,
+        normalize_actions: bool = True,
         **kwargs: Any,
     ) -> "FlowPolicy":
         """
@@ -166,6 +173,7 @@ class FlowPolicy(
         :param net_class: ``VelocityUNet`` or ``VelocityMLP``
         :param net_kwargs: further arguments of the network
         :param critic_kwargs: further arguments of the critic
+        :param normalize_actions: with a normaliser of actions, which training fits to the demos
         :param kwargs: further arguments of the policy itself
         :raises ValueError: if a backbone comes without images, or horizons and networks do not fit each other
         """
@@ -176,7 +184,8 @@ class FlowPolicy(
             raise ValueError("A backbone was given, but there are no images: pass image_shapes, or demos with images")
         net = net_class(action_dim, pred_horizon, encoder.cond_dim, **(net_kwargs or {}))
         critic = EnsembleChunkCritic(encoder.cond_dim, act_horizon, action_dim, **(critic_kwargs or {}))
-        return cls(encoder, net, critic, act_horizon=act_horizon, **kwargs)
+        normalizer = ActionNormalizer(action_dim) if normalize_actions else None
+        return cls(encoder, net, critic, act_horizon=act_horizon, action_normalizer=normalizer, **kwargs)
 
     def encode(self, obs: Any) -> th.Tensor:
         """
@@ -207,7 +216,27 @@ class FlowPolicy(
         if n < 1:
             raise ValueError(f"num_steps must be at least 1, found {n}")
         x = self._integrate(self.net, cond, w if w.dim() == 4 else w[:, None], n)
-        return x.reshape(w.shape).clamp(-1.0, 1.0)
+        return self._to_actions(x.reshape(w.shape))
+
+    def _to_actions(self, x: th.Tensor) -> th.Tensor:
+        """From the network's units to actions, clipped; ``imitation_loss`` goes the other way."""
+        return (x if self.action_normalizer is None else self.action_normalizer.undo(x)).clamp(-1.0, 1.0)
+
+    def _from_actions(self, chunk: th.Tensor) -> th.Tensor:
+        return chunk if self.action_normalizer is None else self.action_normalizer(chunk)
+
+    def fit_action_normalizer(self, actions: th.Tensor) -> None:
+        """
+        Fits the normaliser to demos, if there is one that was never fitted.
+
+        :param actions: (n, A)
+        """
+        if self.action_normalizer is not None and self.action_normalizer.needs_fit:
+            self._fit(self.action_normalizer, actions)
+
+    @staticmethod
+    def _fit(normalizer: ActionNormalizer, actions: th.Tensor) -> None:
+        normalizer.fit_moments(actions)
 
     def accelerate(self, dtype: th.dtype | None = None, compile_kwargs: dict[str, Any] | None = None) -> "FlowPolicy":
         """
@@ -234,7 +263,7 @@ class FlowPolicy(
 
         :param teacher: exponential moving average of the velocity field
         :param cond: (B, C)
-        :param chunk: (B, T, A)
+        :param chunk: actions of the env, (B, T, A)
         :param weights: weight of each sample, (B,); None is 1
         :param consistency_fraction: part of the batch for self-consistency
         :return: name -> loss
@@ -242,7 +271,8 @@ class FlowPolicy(
         """
         if not 0 <= consistency_fraction < 1:
             raise ValueError(f"consistency_fraction must lie in [0, 1), found {consistency_fraction}")
-        matching, consistency = shortcut_loss(self.net, teacher, cond, chunk, weights, consistency_fraction)
+        target = self._from_actions(chunk)
+        matching, consistency = shortcut_loss(self.net, teacher, cond, target, weights, consistency_fraction)
         return {"flow/matching_loss": matching, "flow/consistency_loss": consistency}
 
     @classmethod
@@ -290,6 +320,7 @@ class FlowPolicy(
             encoder=_to_config(self.encoder),
             net=_to_config(self.net),
             critic=_to_config(self.critic),
+            action_normalizer=_to_config(self.action_normalizer),
             policy_class=type(self).__name__,
             **{name: getattr(self, name) for name in names},
         )

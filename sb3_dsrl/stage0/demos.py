@@ -139,6 +139,10 @@ class Demos:
         """The state part of all observations, (n, D)."""
         return np.concatenate([episode.obs for episode in self.episodes])
 
+    def actions(self) -> np.ndarray:
+        """All actions, (n, A)."""
+        return np.concatenate([episode.actions for episode in self.episodes])
+
 
 @dataclass
 class ChunkTransitions:

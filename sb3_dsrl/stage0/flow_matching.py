@@ -75,7 +75,7 @@ class ImageTraining:
 def create_flow(demos: Demos | str | Path, policy_class: type[FlowPolicy] = FlowPolicy, **kwargs: Any) -> FlowPolicy:
     """
     An untrained flow that fits demos: sizes, observation mode, controller and env id are theirs, and so are the statistics
-    that its encoder normalises with.
+    that it normalises observations and actions with.
 
     :param demos: demos, or the path of an ``.h5`` file
     :param policy_class: :class:`~sb3_dsrl.policies.diffusion.DiffusionPolicy` makes a diffusion policy
@@ -89,7 +89,7 @@ def create_flow(demos: Demos | str | Path, policy_class: type[FlowPolicy] = Flow
     about = dict(env_id=demos.env_id, obs_mode=demos.obs_mode, control_mode=demos.control_mode)
     sizes = dict(obs_dim=demos.obs_dim, action_dim=demos.action_dim, image_shapes=demos.image_shapes)
     flow = policy_class.create(**(sizes | about | kwargs))
-    _fit_encoder(flow, demos)
+    _fit_statistics(flow, demos)
     return flow
 
 
@@ -113,8 +113,8 @@ def train_flow(
 ) -> FlowPolicy:
     """
     Stage 0: trains a flow on demos by (advantage-weighted) shortcut flow matching. If the demos hold images, the image
-    encoder is trained with it, under random shifts, and the images are read from the file as they are needed. An encoder
-    that was never fitted to demos is fitted to these.
+    encoder is trained with it, under random shifts, and the images are read from the file as they are needed. What
+    normalises observations and actions is fitted to these demos if it never was to any.
 
     :param demos: demos, or the path of an ``.h5`` file
     :param flow: policy to go on with; None creates one with :func:`create_flow`
@@ -147,7 +147,7 @@ def train_flow(
     loss_kwargs = dict(loss_kwargs or {})
     learns_to_see = _learns_to_see(flow, demos, images)
     _check_settings(flow, advantage, learns_to_see, loss_kwargs)
-    _fit_encoder(flow, demos)
+    _fit_statistics(flow, demos)
     flow.to(get_device(device))
     windows: FeatureWindows | ImageWindows
     if learns_to_see:
@@ -185,9 +185,10 @@ def train_flow(
     return flow.freeze()
 
 
-def _fit_encoder(flow: FlowPolicy, demos: Demos) -> None:
+def _fit_statistics(flow: FlowPolicy, demos: Demos) -> None:
     """Fits statistics that were never fitted, of a flow that was created elsewhere, say."""
     check_demos_fit(flow, demos)
+    flow.fit_action_normalizer(th.from_numpy(demos.actions()).to(flow.device))
     if not demos.obs_dim or not flow.encoder.needs_fit:
         return
     if flow.critic is not None and flow.critic.updates:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch as th
 
@@ -18,9 +19,9 @@ def fast_products() -> Iterator[None]:
     for that; sums, weights, activations and the optimiser stay in float32. It is torch's own switch, and if somebody has set
     it, it stays: ``torch.backends.mkldnn.matmul.fp32_precision = "ieee"`` keeps float32.
     """
-    backends = [getattr(th.backends.mkldnn, name, None) for name in ("matmul", "conv")]  # not before torch 2.9
-    ours = [backend for backend in backends if backend is not None and backend.fp32_precision == "none"]
-    if not multiplies_bfloat16() or th.backends.fp32_precision != "none":
+    known: list[Any] = [getattr(th.backends.mkldnn, name, None) for name in ("matmul", "conv")]  # not before torch 2.9
+    ours = [backend for backend in known if backend is not None and backend.fp32_precision == "none"]
+    if not multiplies_bfloat16():
         ours = []
     for backend in ours:
         backend.fp32_precision = "bf16"

@@ -7,15 +7,18 @@ The result is a folder, runs/<exp_name>/flow, that FlowPolicy.from_pretrained an
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from common import Run, TrainingArgs, cli, make_env
+from common import EVAL_SEED, Run, TrainingArgs, cli, make_env
 
 from sb3_dsrl import (
     FlowPolicy,
+    Validation,
+    VecLatentSteering,
     VelocityMLP,
     VelocityUNet,
     demo_transitions,
+    evaluate,
     load_demos,
     train_critic,
     train_flow,
@@ -38,6 +41,10 @@ class Args(TrainingArgs):
     """Shortcut flow, or diffusion policy decoded by DDIM."""
     network: Literal["unet", "mlp"] = "unet"
     """Velocity network."""
+    size: Literal["small", "medium", "large"] = "small"
+    """Size of the network."""
+    width: int | None = None
+    """In place of the size's: hidden units of the MLP, or channels of the U-Net's first stage (later ones: times 2 and 4)."""
     obs_horizon: int | None = None
     """Frames that the policy sees; 2 for state, 1 for images if not given."""
     pred_horizon: int = 16
@@ -54,10 +61,44 @@ class Args(TrainingArgs):
     """Windows in a batch."""
     lr: float = 1e-3
     """Learning rate of the flow."""
+    eval_freq: int = 0
+    """Iterations between two judgements of the flow on a tenth of the demos, which is held out, and by success in 48 episodes.
+    The best one is kept; with --num_eval_episodes 0 by the held-out loss. 0 learns from all demos and keeps the last."""
     gamma: float = 0.99
     """Discount per env step."""
     reward_scale: float = 1.0
     """Factor on rewards."""
+
+
+#: Hidden units and blocks of the MLP, channels of the U-Net's first stage.
+SIZES = {"small": (256, 3, 64), "medium": (512, 4, 128), "large": (1024, 6, 256)}
+
+
+def network(args: Args) -> dict[str, Any]:
+    """The flags of the network as arguments of ``train_flow``."""
+    width, n_blocks, channels = SIZES[args.size]
+    if args.network == "mlp":
+        return dict(net_class=VelocityMLP, net_kwargs=dict(width=args.width or width, n_blocks=n_blocks))
+    channels = args.width or channels
+    return dict(net_class=VelocityUNet, net_kwargs=dict(widths=(channels, 2 * channels, 4 * channels)))
+
+
+class Success:
+    """Scores a flow by its success in the simulator, w ~ N(0, I)."""
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self._env: VecLatentSteering | None = None
+
+    def __call__(self, flow: FlowPolicy) -> float:
+        if self._env is None:  # the flow is the same object every time
+            self._env = make_env(self.args, flow, self.args.num_eval_envs)
+        return evaluate("prior", self._env, 48, seed=EVAL_SEED + 100_000).success_at_end
+
+    def close(self) -> None:
+        """Ends the simulators."""
+        if self._env is not None:
+            self._env.close()
 
 
 def main(args: Args) -> None:
@@ -73,10 +114,12 @@ def main(args: Args) -> None:
         from sb3_dsrl.policies.diffusion import DiffusionPolicy
 
         policy_class = DiffusionPolicy
+    success = Success(args)
+    score = success if args.num_eval_episodes else None
     flow = train_flow(
         demos,
         policy_class=policy_class,
-        net_class=VelocityUNet if args.network == "unet" else VelocityMLP,
+        **network(args),
         obs_horizon=args.obs_horizon or (1 if demos.image_shapes else 2),
         pred_horizon=args.pred_horizon,
         act_horizon=args.act_horizon,
@@ -90,7 +133,9 @@ def main(args: Args) -> None:
         tensorboard_log=run.tensorboard / "flow",
         progress_bar=True,
         checkpoint=checkpoint,
+        validation=Validation(freq=args.eval_freq, score=score) if args.eval_freq else None,
     )
+    success.close()
     if args.critic_iters:
         transitions = demo_transitions(flow, demos, ignore_terminations=args.ignore_terminations)
         train_critic(

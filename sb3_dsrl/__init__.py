@@ -28,6 +28,7 @@ from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
+from sb3_dsrl.stage0.validation import Validation
 from sb3_dsrl.stage1.aw_mle import aw_mle_loss
 from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
 from sb3_dsrl.stage1.gate import Gate
@@ -81,6 +82,7 @@ __all__ = [
     "SuccessEvalCallback",
     "Ticket",
     "TrainingCheckpoint",
+    "Validation",
     "VecLatentSteering",
     "VelocityMLP",
     "VelocityUNet",

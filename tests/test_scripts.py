@@ -32,7 +32,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = ("--num_envs", 1)
     stage1 = ("--stage1_checkpoint", folder / "runs" / "b" / "stage1.pt")
     for script, flags in (
-        ("train_flow.py", ("--demo_path", DEMOS, "--num_demos", 5, *small, "--total_iters", 10, "--exp_name", "a")),
+        (
+            "train_flow.py",
+            (
+                "--demo_path",
+                DEMOS,
+                "--num_demos",
+                5,
+                *small,
+                "--total_iters",
+                10,
+                "--eval_freq",
+                5,
+                "--width",
+                64,
+                "--exp_name",
+                "a",
+            ),
+        ),
         (
             "train_latent_offline.py",
             (*flow, *one, "--rollout_episodes", 2, "--total_iters", 3, "--exp_name", "b", "--eval_freq", 2, "--save_freq", 2),

@@ -22,6 +22,8 @@ from sb3_dsrl.policies.networks import VelocityNet
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.features import check_demos_fit
+from sb3_dsrl.stage0.precision import fast_products
+from sb3_dsrl.stage0.validation import Judge, Validation
 from sb3_dsrl.stage0.weights import exp_weights
 from sb3_dsrl.stage0.windows import FeatureWindows, ImageWindows
 from sb3_dsrl.utils.checkpoint import Stateful, TrainingCheckpoint
@@ -109,6 +111,7 @@ def train_flow(
     tensorboard_log: str | Path | None = None,
     progress_bar: bool = False,
     checkpoint: TrainingCheckpoint | None = None,
+    validation: Validation | None = None,
     **create_kwargs: Any,
 ) -> FlowPolicy:
     """
@@ -130,6 +133,8 @@ def train_flow(
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
     :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
+    :param validation: holds demos out, judges the moving average on them now and then and keeps the best; None learns from all
+        demos and keeps the last
     :param create_kwargs: arguments of :func:`create_flow` when ``flow`` is None, such as ``policy_class``, ``net_class``,
         ``obs_horizon``, ``pred_horizon``, ``act_horizon``, ``gamma``
     :return: the trained policy, frozen
@@ -147,39 +152,49 @@ def train_flow(
     loss_kwargs = dict(loss_kwargs or {})
     learns_to_see = _learns_to_see(flow, demos, images)
     _check_settings(flow, advantage, learns_to_see, loss_kwargs)
+    images = images or ImageTraining()
     _fit_statistics(flow, demos)
     flow.to(get_device(device))
-    windows: FeatureWindows | ImageWindows
-    if learns_to_see:
-        images = images or ImageTraining()
-        windows = ImageWindows(flow, demos, images.random_shift_pad, images.memory)
-    else:
-        windows = FeatureWindows(flow, demos)
-        if advantage is not None:
-            advantages = _demo_advantages(flow, windows.cond, windows.chunk)
-            windows.weights = exp_weights(advantage.beta * advantages, advantage.max_weight)
+
+    def windows_of(flow: FlowPolicy, demos: Demos, pad: int = 0) -> FeatureWindows | ImageWindows:
+        return ImageWindows(flow, demos, pad, images.memory) if learns_to_see else FeatureWindows(flow, demos)
+
+    learned, held_out = (demos, demos) if validation is None else validation.split(demos)
+    windows = windows_of(flow, learned, images.random_shift_pad)
+    if advantage is not None and isinstance(windows, FeatureWindows):
+        advantages = _demo_advantages(flow, windows.cond, windows.chunk)
+        windows.weights = exp_weights(advantage.beta * advantages, advantage.max_weight)
 
     net: VelocityNet = flow.net.train().requires_grad_(True)
     learning: list[nn.Module] = [net, flow.encoder.train().requires_grad_(True)] if learns_to_see else [net]
     averages = [AveragedModel(part, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) for part in learning]
     parameters = [parameter for part in learning for parameter in part.parameters()]
-    optimizer = th.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
+    optimizer = th.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4, fused=True)
     schedule = th.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_iterations)
     parts: dict[str, Stateful] = dict(optimizer=optimizer, schedule=schedule, windows=windows)
     for i, (part, average) in enumerate(zip(learning, averages, strict=True)):
         parts |= {f"network {i}": part, f"average {i}": average}
+    judge: Judge | None = None
+    if validation is not None:
+        judge = Judge(validation, flow, lambda candidate: windows_of(candidate, held_out), averages, loss_kwargs)
+        parts["validation"] = judge
     loop = ProgressLoop("stage 0: flow", n_iterations, progress_bar, tensorboard_log, checkpoint=checkpoint, parts=parts)
-    for _ in loop:
-        cond, chunk, weights = windows.sample(batch_size)
-        losses = flow.imitation_loss(averages[0], cond, chunk, weights, **loss_kwargs)
+    for i in loop:
+        batch = windows.sample(batch_size)
         optimizer.zero_grad()
-        th.stack(list(losses.values())).sum().backward()
+        with fast_products():
+            losses = flow.imitation_loss(averages[0], *batch, **loss_kwargs)
+            th.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         for average, part in zip(averages, learning, strict=True):
             average.update_parameters(part)
         loop.log(losses)
+        if judge is not None and judge.due(i, n_iterations):
+            loop.record(judge.judge())
+    if judge is not None:
+        judge.restore_best()
     for average, part in zip(averages, learning, strict=True):
         part.load_state_dict(average.module.state_dict())
     return flow.freeze()

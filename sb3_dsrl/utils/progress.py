@@ -82,10 +82,18 @@ class ProgressLoop:
         :param scalars: name -> value
         :raises ValueError: if one of them is NaN or infinite
         """
-        if self._i % self.every and self._i != self.n_iterations - 1:
-            return
-        self.last = {key: float(value.detach()) for key, value in scalars.items()}
-        for key, value in self.last.items():
+        if self._i % self.every == 0 or self._i == self.n_iterations - 1:
+            self.record({key: float(value.detach()) for key, value in scalars.items()})
+
+    def record(self, scalars: Mapping[str, float]) -> None:
+        """
+        Records scalars now.
+
+        :param scalars: name -> value
+        :raises ValueError: if one of them is NaN or infinite
+        """
+        self.last |= scalars
+        for key, value in scalars.items():
             if not math.isfinite(value):
                 raise ValueError(
                     f"{self.name}: {key} is {value} at iteration {self._i}; check the data or lower the learning rate"

@@ -61,7 +61,7 @@ def bench_learning(args: Args, flow: FlowPolicy) -> dict[str, Any]:
     image_features = 2 * (256 + 35)  # two frames of 256 image features and the state
     images = 2 * 128 * 128 * 3
     return {
-        "split": {part: statistics.median(share[part] for share in shares) for part in shares[0]},
+        "stage2_share": {part: statistics.median(share[part] for share in shares) for part in shares[0]},
         "decode_share": statistics.median(share["decode"] for share in shares),
         "rollout_buffer_bytes": {
             "macro_steps": macro_steps,

@@ -20,14 +20,17 @@ def print_report(args: Args, report: dict[str, Any]) -> None:
     table(f"stage 1, B = {args.stage1_batch}, M = {M}: times faster than plain", [{key: report[key] for key in keys}])
     if args.simulate:
         table("env steps per second of one env: ManiSkill's own, fast, and physics alone; H = 8", report["fast"])
-        rows = [
-            {"envs": n, **report["env_steps_per_second"][n], "env_ratio": ratio} for n, ratio in report["env_ratio"].items()
-        ]
-        table("env steps per second: latent env, and stock SubprocVecEnv with raw envs", rows)
+        table("env steps per second: make_latent_env, and stock SubprocVecEnv with raw envs; H = 4", report["envs"])
         print(f"cores that step raw envs and never wait for each other: {report['raw_ceiling']:.0f} env steps/s")
         print(f"128 x 128 images, H = 8, one env: {report['image_speedup']:.1f} times the rate of rendering every step")
         print(f"8 envs in one worker a core over 8 envs in one worker: {report['cores_gain']:.2f}")
-        table("wall time of learning, quickstart's flow", [report["split"]])
+        start, memory = report["start_s"], report["worker_mb"]
+        print(f"8 envs start in {start['first']:.1f} s, later ones in {start['later']:.1f} s")
+        print("MB of a worker, the last not shared: " + ", ".join(f"{kind} {mb:.0f}" for kind, mb in memory.items()))
+        table("shares of the wall time of stage 2, quickstart's flow", [report["stage2_share"]])
+        if report["envpool_steps_per_second"]:
+            rows = [{"task": task, **rates} for task, rates in report["envpool_steps_per_second"].items()]
+            table("env steps per second of 16 envs in EnvPool on one core, H = 4", rows)
         table("us per env step beside the physics, batched envs", [report["us_per_env_step"]])
         print(f"64 envs over 8: {report['growth_64_over_8']:.2f}")
         table(

@@ -20,12 +20,14 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this folder is the package "benchmark"
 
 from benchmark.decode import bench_decode, matmul_limit
+from benchmark.envs import bench_envs
 from benchmark.fast import bench_fast
 from benchmark.learning import bench_learning
 from benchmark.measuring import Args
 from benchmark.peers import raw_ceiling
+from benchmark.pool import bench_envpool
 from benchmark.report import print_report
-from benchmark.simulator import bench_cuda, bench_growth, bench_images, bench_simulation
+from benchmark.simulator import bench_cuda, bench_growth, bench_images, bench_workers
 from benchmark.stage1 import bench_stage1, bench_success
 from sb3_dsrl import VelocityMLP, demo_transitions, load_demos, train_critic, train_flow
 
@@ -52,8 +54,9 @@ def main(args: Args) -> None:
         flow = train_flow(demos, n_iterations=1_000, seed=0, progress_bar=True, **kwargs)  # type: ignore[arg-type]
         train_critic(flow, demo_transitions(flow, demos, ignore_terminations=True), n_iterations=300, progress_bar=True)
         th.set_num_threads(1)  # as in the quickstart: the other cores are for the simulators
-        report |= bench_fast(args)
-        report |= bench_simulation(args, flow) | bench_learning(args, flow) | bench_growth(args, flow)
+        report |= bench_workers(args, flow)  # before others start workers
+        report |= bench_fast(args) | bench_envs(args) | bench_envpool(args)
+        report |= bench_learning(args, flow) | bench_growth(args, flow)
         report["raw_ceiling"] = raw_ceiling(args.env_id, str(flow.control_mode))
         report |= bench_images(args, flow)
         th.set_num_threads(report["threads"])

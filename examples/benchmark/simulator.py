@@ -1,62 +1,50 @@
 """Steered envs against raw ones: worker processes, images, batched simulators."""
 
+import multiprocessing
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import psutil
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv
 
 from benchmark.measuring import A, Args, side_by_side
-from benchmark.peers import raw_env, stock_workers
+from benchmark.peers import raw_env
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy, VecLatentSteering, WorkerSettings, make_latent_env
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 
 
-def bench_simulation(args: Args, flow: FlowPolicy, env_steps: int = 800) -> dict[str, Any]:
-    """Part c: env steps per second of the latent env (prior noise) and of raw envs (random actions); memory of a worker."""
-    assert flow.control_mode is not None
-    ratios, rates = {}, {}
-    for n_envs in (1, 2, 4, 8):
-        stock = stock_workers(args.env_id, flow.control_mode, n_envs)
-        latent = make_latent_env(args.env_id, flow, n_envs)
-        stock.reset()
-        latent.reset()
-        n = max(flow.act_horizon, env_steps // n_envs // flow.act_horizon * flow.act_horizon)
-
-        def step_stock(env: VecEnv = stock, n: int = n) -> None:
-            for _ in range(n):
-                env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
-
-        def step_latent(env: VecEnv = latent, n: int = n) -> None:
-            for _ in range(n // flow.act_horizon):
-                env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
-
-        timed = side_by_side({"stock": step_stock, "latent": step_latent}, args.repeats)
-        rates[n_envs] = {name: n * n_envs / seconds for name, seconds in timed.items()}
-        ratios[n_envs] = timed["stock"] / timed["latent"]
-        print(f"{n_envs} envs:", {name: round(rate) for name, rate in rates[n_envs].items()}, "env steps/s", flush=True)
-        stock.close()
-        latent.close()
-    one_process = make_latent_env(args.env_id, flow, 8, workers=WorkerSettings(1))
-    all_cores = make_latent_env(args.env_id, flow, 8)
-    parts: dict[str, Callable[[], Any]] = {}
-    for name, env in (("one", one_process), ("all", all_cores)):
-        env.reset()
-        w = np.zeros((8, *flow.noise_shape), np.float32)
-        parts[name] = lambda env=env, w=w: [env.step(w) for _ in range(env_steps // 8 // flow.act_horizon)]  # type: ignore[misc]
+def bench_workers(args: Args, flow: FlowPolicy, env_steps: int = 800) -> dict[str, Any]:
+    """
+    Part c: what workers gain and cost. Seconds until the first observations of 8 envs, from the first workers of this process,
+    whose server imports torch and ManiSkill, and from later ones; MB of a worker, the whole of it and without what it shares.
+    """
+    start_s: dict[str, float] = {}
+    envs = {}
+    for when, name, workers in (("first", "one", WorkerSettings(1)), ("later", "all", None)):
+        start = time.perf_counter()
+        envs[name] = make_latent_env(args.env_id, flow, 8, workers=workers)
+        envs[name].reset()
+        start_s[when] = time.perf_counter() - start
+    noises = np.zeros((env_steps // 8 // flow.act_horizon, 8, *flow.noise_shape), np.float32)
+    parts: dict[str, Callable[[], Any]] = {name: partial(_steps, env, noises) for name, env in envs.items()}
     timed = side_by_side(parts, args.repeats)
-    one_process.close()
-    rss = [child.memory_info().rss / 2**20 for child in psutil.Process().children(recursive=True)]
-    all_cores.close()
+    envs["one"].close()
+    memory = [psutil.Process(child.pid).memory_full_info() for child in multiprocessing.active_children()]
+    envs["all"].close()
     return {
-        "env_ratio": ratios,
-        "env_steps_per_second": rates,
         "cores_gain": timed["one"] / timed["all"],
-        "rss_mb_of_child_processes": sorted(rss, reverse=True),  # the workers first
+        "start_s": start_s,
+        "worker_mb": {kind: max(getattr(own, kind) for own in memory) / 2**20 for kind in ("rss", "pss", "uss")},
     }
+
+
+def _steps(env: VecLatentSteering, noises: np.ndarray) -> None:
+    for w in noises:
+        env.step(w)
 
 
 def bench_images(args: Args, flow: FlowPolicy, act_horizon: int = 8) -> dict[str, Any]:

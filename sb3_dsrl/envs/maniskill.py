@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import multiprocessing
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -154,8 +153,6 @@ def make_chunk_env(
     fast = fast and wants_fast()  # this process's settings, not those of a worker elsewhere
     if n_envs == 1 and workers is None:
         return DummyVecEnv([make])
-    # The fork server imports ManiSkill once; each worker then starts in a fraction of a second and shares its pages.
-    multiprocessing.set_forkserver_preload(["sb3_dsrl.envs.maniskill"])
     try:
         return WorkerVecEnv([make] * n_envs, workers, hide_gpu=env_kwargs["render_backend"] in ("none", "cpu", "sapien_cpu"))
     except WorkerError as error:

@@ -20,6 +20,8 @@ import torch as th
 from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
+from sb3_dsrl.envs.fork_server import ServedProcess
+
 EnvFn = Callable[[], gym.Env]
 
 
@@ -125,11 +127,9 @@ class ProcessWorker(Worker):
     def __init__(self, env_fns: Sequence[EnvFn], hide_gpu: bool = True) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that imports the main script
             raise WorkerError(GUARD)
-        # forked from a server that holds no threads, locks or CUDA context of the main process
-        context = multiprocessing.get_context("forkserver")
-        self._pipe, remote = context.Pipe()
+        self._pipe, remote = multiprocessing.Pipe()
         args = (remote, CloudpickleWrapper(list(env_fns)), hide_gpu)
-        self._process = context.Process(target=_serve, args=args, daemon=True)
+        self._process = ServedProcess(_preload(env_fns), _serve, args)
         with _one_thread_each():
             self._process.start()
         remote.close()
@@ -221,10 +221,16 @@ class WorkerSettings:
             raise ValueError(f"timeout is in seconds and must be positive, found {self.timeout}")
 
 
+def _preload(env_fns: Sequence[EnvFn]) -> list[str]:
+    """What a fork server imports for these envs: this module, and those of ours that make them, such as ManiSkill's."""
+    modules = {str(getattr(env_fn, "__module__", None)) for env_fn in env_fns}
+    return sorted({__name__} | {module for module in modules if module.startswith("sb3_dsrl.")})
+
+
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """
-    Libraries decide on their threads when they are loaded. The fork server loads them, and the first worker that starts
+    Libraries decide on their threads when they are loaded. A fork server loads them, and the first worker that asks it
     starts it; with one worker a core, more threads than one only take the cores away from each other.
     """
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")  # the last is Mesa's lavapipe

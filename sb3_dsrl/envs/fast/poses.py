@@ -8,6 +8,7 @@ import numpy as np
 import sapien
 import torch as th
 from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.utils.geometry import rotation_conversions as rotations
 from mani_skill.utils.structs import Actor, Link, Pose
 
 # Row k of b[TERMS] * SIGNS is what component k of a quaternion a is multiplied with, for each component of the product a * b.
@@ -163,10 +164,12 @@ def rotation_matrix(pose: Pose) -> th.Tensor:
     """
     Stands for ``quaternion_to_matrix(pose.q)``.
 
-    :param pose: of one object
-    :return: (1, 3, 3)
+    :param pose: of one object, or of many
+    :return: (1, 3, 3), or (N, 3, 3)
     """
     q = pose.q
+    if len(q) > 1:
+        return rotations.quaternion_to_matrix(q)
     two_s = (2.0 / (q * q).sum(-1)).numpy()[0]  # torch's sum has an order of its own
     r, i, j, k = q.numpy()[0]
     one = np.float32(1)

@@ -16,7 +16,7 @@ from mani_skill.envs.scene import ManiSkillScene
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs import Actor, Articulation, Link, Pose
 
-from sb3_dsrl.envs.fast.poses import FastPose
+from sb3_dsrl.envs.fast.poses import FastPose, from_sapien
 from sb3_dsrl.envs.fast.tasks import speed_up_task
 
 
@@ -61,7 +61,7 @@ class StackedActor(Stacked):
 
     @reading
     def pose(self) -> Pose:
-        return poses([source._objs[0].pose for source in self._sources])
+        return from_sapien(*(source._objs[0].pose for source in self._sources))
 
     @reading
     def linear_velocity(self) -> th.Tensor:
@@ -77,7 +77,7 @@ class StackedLink(Stacked):
 
     @reading
     def pose(self) -> Pose:
-        return poses([source._objs[0].entity_pose for source in self._sources])
+        return from_sapien(*(source._objs[0].entity_pose for source in self._sources))
 
 
 class StackedArticulation(Stacked):
@@ -268,19 +268,6 @@ def _equal(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and np.array_equal(a, b)
     plain = isinstance(a, bool | int | float | str | tuple | th.device) or dataclasses.is_dataclass(a)
     return plain and (a == b) is True
-
-
-def poses(found: Sequence[Any]) -> Pose:
-    """
-    Stands for ``Pose.create`` of a list.
-
-    :param found: SAPIEN's, one of each env
-    """
-    raw_pose = th.empty((len(found), 7))
-    for row, pose in zip(raw_pose.numpy(), found, strict=True):
-        row[:3] = pose.p
-        row[3:] = pose.q
-    return FastPose(raw_pose)
 
 
 def rows(found: Sequence[np.ndarray]) -> th.Tensor:

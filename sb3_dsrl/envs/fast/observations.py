@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from sb3_dsrl.envs.fast.stack import Stack, may_stack
+from sb3_dsrl.envs.fast.stack import Stacks, may_stack
 from sb3_dsrl.envs.fast.wrappers import CHAIN, wrapper_types
 
 
@@ -50,13 +50,13 @@ class ObserveOnDemand(gym.Wrapper):
         self._observing = observing
 
     @staticmethod
-    def together(envs: Sequence[gym.Env]) -> Stack | None:
+    def together(envs: Sequence[gym.Env]) -> Stacks | None:
         """
         How envs of one process take their steps together; see :class:`~sb3_dsrl.steering.lockstep.LockstepVecEnv`.
 
         :param envs: with this wrapper or not
         """
-        return Stack(envs) if may_stack(envs) else None
+        return Stacks(envs) if may_stack(envs) else None
 
     def _obs(self, *args: Any, **kwargs: Any) -> Any:
         """Stands for ``BaseEnv.get_obs``."""

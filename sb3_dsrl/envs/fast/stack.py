@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,10 @@ HOOKS = ("_before_control_step", "_after_control_step", "_before_simulation_step
 #: Env steps that are checked against those of the envs by themselves: the first ones, and later one in so many.
 FIRST_CHECKS, CHECK_EVERY = 16, 256
 
-#: As many at once. From 8 on torch computes angles and the like by other instructions, with other last bits.
+#: What a step returns.
+PARTS = ("observation", "reward", "terminated", "truncated", "info")
+
+#: As many at once. From 8 on torch takes other instructions for angles and the like, whose results differ in the last bit.
 MOST = 4
 
 
@@ -88,6 +92,8 @@ class Stack:
 
     def begin(self) -> None:
         """What the envs are now: scenes may have been built anew, and goals moved, since the last step."""
+        if not self.works:
+            return
         try:
             self._view = stacked(self.bases, self._moment)
         except NotStackable as error:
@@ -99,7 +105,7 @@ class Stack:
         :param observing: whether the observation is seen; otherwise it may be an old one
         :return: what ``step`` of each of these envs returns
         """
-        if not self.works:
+        if not self.works or len(actions) < 2:
             return {i: self._alone(i, action, observing) for i, action in actions.items()}
         for i, action in actions.items():
             self._actions[i] = self.bases[i]._step_action(action)
@@ -123,9 +129,10 @@ class Stack:
         if expected is None:
             return found
         for i, own in expected.items():
-            start = 0 if observing else 1
-            if not identical(own[start:], found[i][start:]):
-                self._give_up(f"env {i} by itself gave {own[start:]}, together with the others {found[i][start:]}")
+            pairs = zip(PARTS, own, found[i], strict=True)
+            different = [name for name, *pair in pairs if (observing or name != PARTS[0]) and not identical(*pair)]
+            if different:
+                self._give_up(f"env {i} by itself has another {' and '.join(different)} than together with the others")
                 break
         return expected
 
@@ -162,6 +169,36 @@ class Stack:
             f"{self.bases[0].spec.id}: the envs of this process are evaluated one by one from now on, which is slower but "
             f"changes no result: {reason}"
         )
+
+
+class Stacks:
+    """
+    As many stacks as the envs of a process need.
+
+    :param envs: for which :func:`may_stack` is true
+    """
+
+    def __init__(self, envs: Sequence[gym.Env]) -> None:
+        parts = np.array_split(range(len(envs)), math.ceil(len(envs) / MOST))
+        self.stacks = {int(part[0]): Stack([envs[i] for i in part]) for part in parts}
+
+    @property
+    def works(self) -> bool:
+        """Whether envs still take their steps together."""
+        return any(stack.works for stack in self.stacks.values())
+
+    def begin(self) -> None:
+        """See :meth:`Stack.begin`."""
+        for stack in self.stacks.values():
+            stack.begin()
+
+    def step(self, actions: dict[int, np.ndarray], observing: bool) -> dict[int, tuple[Any, ...]]:
+        """See :meth:`Stack.step`."""
+        results = {}
+        for first, stack in self.stacks.items():
+            own = {i: actions[first + i] for i in range(len(stack.envs)) if first + i in actions}
+            results |= {first + i: result for i, result in stack.step(own, observing).items()}
+        return results
 
 
 def unstacked(value: Any, n: int) -> list[Any]:

@@ -39,7 +39,7 @@ class Stacked:
         return stacked([getattr(source, name) for source in self._sources], self._moment)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise NotStackable(f"{type(self).__name__}.{name} is set")
+        raise NotStackable(f"{type(self._sources[0]).__name__}.{name} is set while results are computed")
 
     def _once(self, name: str, read: Callable[[], Any]) -> Any:
         if self._read_at != self._moment[0]:

@@ -191,7 +191,9 @@ def test_what_cannot_be_stacked_is_not(reward: Any, reason: str, monkeypatch: py
         monkeypatch.setattr(stack, "FIRST_CHECKS", 1)
     groups, rng = Groups("PushCube-v1", 2, max_episode_steps=8, reward_mode="dense"), np.random.default_rng(0)
     groups.reset(0)
-    with pytest.warns(UserWarning, match="PushCube-v1: the envs of this process are evaluated one by one .*" + reason) as caught:
+    with pytest.warns(
+        UserWarning, match="PushCube-v1: the envs of this process are evaluated one by one .*" + reason
+    ) as caught:
         for _ in range(4):
             groups.step(rng)
     assert len(caught) == 1 and not groups.stack.works

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -62,7 +62,8 @@ class LockstepVecEnv(DummyVecEnv):
             self.envs = envs
 
     def _chunks(self, together: Together) -> dict[int, Any]:
-        chunks: dict[int, Generator] = {i: env.chunk_steps(self.actions[i]) for i, env in enumerate(self.envs)}  # type: ignore[attr-defined]
+        envs: list[Any] = self.envs
+        chunks = {i: env.chunk_steps(self.actions[i]) for i, env in enumerate(envs)}
         wanted = {i: next(chunk) for i, chunk in chunks.items()}
         results = {}
         together.begin()

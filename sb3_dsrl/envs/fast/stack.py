@@ -19,6 +19,7 @@ from mani_skill.envs.tasks.tabletop import (
     PushCubeEnv,
     StackCubeEnv,
 )
+from mani_skill.utils.wrappers import CPUGymWrapper
 
 from sb3_dsrl.envs.fast.views import NotStackable, own_functions, stacked
 from sb3_dsrl.envs.fast.wrappers import CHAIN, wrapper_types
@@ -50,19 +51,22 @@ def may_stack(envs: Sequence[gym.Env]) -> bool:
     bases: list[Any] = [env.unwrapped for env in envs]
     kind = type(bases[0])
     return (
-        1 < len(envs)
+        len(envs) > 1
         and kind in STACKED
-        and all(_only_passed_on(env) for env in envs)
+        and all(env.has_wrapper_attr("together") and _only_passed_on(env) for env in envs)
         and kind.step is BaseEnv.step
         and all(getattr(kind, name) is getattr(BaseEnv, name) for name in HOOKS)
         and all(type(base) is kind and isinstance(base.agent, BaseAgent) and own_functions(base) <= BOUND for base in bases)
     )
 
 
-def _only_passed_on(env: gym.Env) -> bool:
+def _only_passed_on(env: Any) -> bool:
     """Whether :meth:`Stack.step` leaves out nothing that the wrappers do at a step."""
-    others, known = wrapper_types(env)[: -len(CHAIN)], wrapper_types(env)[-len(CHAIN) :]
-    return known == CHAIN and all(kind.step is gym.Wrapper.step for kind in others) and env.has_wrapper_attr("together")
+    while isinstance(env, gym.Wrapper) and type(env) is not CPUGymWrapper:
+        if type(env).step is not gym.Wrapper.step:
+            return False
+        env = env.env
+    return wrapper_types(env) == CHAIN and "step" in vars(env)
 
 
 class Stack:
@@ -194,7 +198,7 @@ class Stacks:
 
     def step(self, actions: dict[int, np.ndarray], observing: bool) -> dict[int, tuple[Any, ...]]:
         """See :meth:`Stack.step`."""
-        results = {}
+        results: dict[int, tuple[Any, ...]] = {}
         for first, stack in self.stacks.items():
             own = {i: actions[first + i] for i in range(len(stack.envs)) if first + i in actions}
             results |= {first + i: result for i, result in stack.step(own, observing).items()}

@@ -12,8 +12,8 @@ import numpy as np
 import torch as th
 from mani_skill.agents.base_agent import BaseAgent
 from mani_skill.agents.controllers.base_controller import BaseController
-from mani_skill.envs.scene import ManiSkillScene
 from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.envs.scene import ManiSkillScene
 from mani_skill.utils.structs import Actor, Articulation, Link, Pose
 
 from sb3_dsrl.envs.fast.poses import FastPose, from_sapien
@@ -188,7 +188,7 @@ def stacked(values: Sequence[Any], moment: list[int]) -> Any:
             return view(values, moment)
     for kind, view in COMPUTING.items():
         if isinstance(first, kind):
-            return computing_view(type(first), view)(values, moment)
+            return computing_view(type(first), view)(values, moment)  # type: ignore[arg-type]
     if isinstance(first, types.MethodType | types.FunctionType):
         return each(values, moment)
     if all(_equal(value, first) for value in values):
@@ -253,7 +253,8 @@ def own_functions(obj: Any) -> set[str]:
     :param obj: of a class
     :return: names of functions of that class for which the object has some of its own
     """
-    return {name for name in vars(obj).keys() & class_attributes(type(obj)).keys() if callable(vars(obj)[name])}
+    own, shared = vars(obj), class_attributes(type(obj))
+    return {name for name in own.keys() & shared.keys() if callable(own[name])}
 
 
 def _computes(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Envs of one process that are evaluated together: equal bit for bit to those that ManiSkill steps at its own speed."""
 
 import sys
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from mani_skill.envs.tasks.tabletop import PushCubeEnv
-from mani_skill.utils.registration import register_env
+from mani_skill.utils.registration import REGISTERED_ENVS, register_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dsrl import ActionChunkWrapper, WorkerSettings, make_chunk_env
@@ -89,7 +90,8 @@ class Groups:
             bases = self.bases(i)
             found += differences(*(state(base) for base in bases), f"env {i}")
             found += differences(*(base._elapsed_steps for base in bases), f"env {i}, elapsed")
-            self.touched[i] += touched(bases[1], OBJECTS[self.env_id])
+            if self.env_id in OBJECTS:
+                self.touched[i] += touched(bases[1], OBJECTS[self.env_id])
         assert not found, "; ".join(found)
 
 
@@ -297,3 +299,27 @@ def test_whole_episodes_are_equal(env_id: str, control_mode: str, n_envs: int) -
     groups = Groups(env_id, n_envs, control_mode=control_mode, reward_mode="sparse")
     assert play_sparse(groups, chunks=60, seed=n_envs) >= 20
     groups.close()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", sorted(REGISTERED_ENVS))
+def test_every_task_can_be_stacked_or_says_so(env_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would come of the tasks that are not in ``STACKED``: the reason of a skip is why a task is none for it."""
+    monkeypatch.setattr(stack, "STACKED", (REGISTERED_ENVS[env_id].cls,))
+    try:
+        groups = Groups(env_id, 3, act_horizon=8, max_episode_steps=40, reward_mode=None)
+    except (Exception, SystemExit) as error:
+        pytest.skip(f"cannot be built here: {type(error).__name__}: {error}")
+    if groups.stack is None:
+        pytest.skip("does something else at a step")
+    rng = np.random.default_rng(0)
+    groups.reset(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(10):
+            groups.step(rng)
+    groups.close()
+    reasons = [own.reason for own in groups.stack.stacks.values() if not own.works]
+    if reasons:
+        pytest.skip(f"falls back: {reasons[0]}")

@@ -253,7 +253,7 @@ def own_functions(obj: Any) -> set[str]:
     :param obj: of a class
     :return: names of functions of that class for which the object has some of its own
     """
-    own, shared = vars(obj), class_attributes(type(obj))
+    own, shared = vars(obj), class_attributes(type(obj))  # type: ignore[arg-type]
     return {name for name in own.keys() & shared.keys() if callable(own[name])}
 
 

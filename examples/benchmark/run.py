@@ -23,6 +23,7 @@ from benchmark.decode import bench_decode, matmul_limit
 from benchmark.fast import bench_fast
 from benchmark.learning import bench_learning
 from benchmark.measuring import Args
+from benchmark.original import bench_peer
 from benchmark.peers import raw_ceiling
 from benchmark.report import print_report
 from benchmark.simulator import bench_cuda, bench_growth, bench_images, bench_simulation
@@ -45,6 +46,7 @@ def main(args: Args) -> None:
     for key in ("decode_speedup", "decode_2step_speedup"):
         report[key] = {str(c): {str(row["B"]): row[key] for row in decode if row["C"] == c} for c in (64, 562)}
     report["decode"] = decode
+    report |= bench_peer(args.repeats, args.peer_batches)
     report |= bench_stage1(args)
     if args.simulate:
         demos = load_demos(args.demo_path)

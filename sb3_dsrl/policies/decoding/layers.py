@@ -111,28 +111,32 @@ class Convolution:
         windows = source.windows(self.kernel, self.stride, self.padding)
         n, t, k, c = windows.shape
         gathered = scratch.take(n, t, k, c)
-        multiply = self._product(gathered.view(n * t, k * c))
+        rows, c_out = gathered.view(n * t, k * c), self.weight.shape[1]
         if upsampled:
-            t *= 2
-        channels = n * windows.shape[1] * self.weight.shape[1] // (n * t)
-        shape, strides = (n, channels, 1, t), (t * channels, 1, t * channels, channels)
+            t, c_out = 2 * t, c_out // 2
+        shape, strides = (n, c_out, 1, t), (t * c_out, 1, t * c_out, c_out)
+        weight, bias = self.weight, self.bias
 
-        def convolve() -> th.Tensor:
-            gathered.copy_(windows)
-            return multiply().as_strided(shape, strides)
+        if self.onednn and rows.numel() * weight.shape[1] >= ONEDNN_FROM:
+            linear = th.ops.mkldnn._linear_pointwise.default
+            if self._packed is None:  # whatever the number of rows: oneDNN's layouts of other numbers are the same or as good
+                self._packed = th.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), len(rows))
+            packed = self._packed
+
+            def convolve() -> th.Tensor:
+                gathered.copy_(windows)
+                return linear(rows, packed, bias, "none", [], "").as_strided(shape, strides)
+
+        else:
+            product = rows.new_empty(len(rows), weight.shape[1])
+            image = product.as_strided(shape, strides)
+
+            def convolve() -> th.Tensor:
+                gathered.copy_(windows)
+                th.addmm(bias, rows, weight, out=product)
+                return image
 
         return convolve
-
-    def _product(self, rows: th.Tensor) -> Callable[[], th.Tensor]:
-        """The product of what the rows then hold with the weights, plus the bias, (rows, C_out)."""
-        if self.onednn and rows.numel() * self.weight.shape[1] >= ONEDNN_FROM:
-            linear, bias = th.ops.mkldnn._linear_pointwise.default, self.bias
-            if self._packed is None:  # whatever the number of rows: oneDNN's layouts of other numbers are the same or as good
-                self._packed = th.ops.mkldnn._reorder_linear_weight(self.weight.t().contiguous(), len(rows))
-            packed = self._packed
-            return lambda: linear(rows, packed, bias, "none", [], "")
-        product = rows.new_empty(len(rows), self.weight.shape[1])
-        return lambda: th.addmm(self.bias, rows, self.weight, out=product)
 
 
 class NormMish:

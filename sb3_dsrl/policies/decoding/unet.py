@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -21,8 +22,9 @@ BLOCK_SIZE = 64
 #: For so many noises the buffers of a decode are kept for the next one: making them takes a third of a step.
 KEEP_BUFFERS = frozenset({*range(1, 9), BLOCK_SIZE})
 
-#: Velocity of x (N, T, A), given all scales and shifts (N, all) of a U-Net; it is overwritten by the next call.
-Program = Callable[[th.Tensor, th.Tensor], th.Tensor]
+#: Velocity of x (N, T, A), given the parts of all scales and shifts that depend on the observation, (N, all), and on the step,
+#: (1, all); it is overwritten by the next call.
+Program = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
 
 
 class _Block:
@@ -108,8 +110,10 @@ class _PackedUNet:
     def _new_program(self, n: int) -> Program:
         """Allocates all buffers for N noises."""
         blocks = iter(self.blocks)
-        work: list[Callable[[], Any]] = []  # in order; blocks take their scale and shift from `film`
-        film: list[th.Tensor] = []
+        work: list[Callable[[], Any]] = []  # in order
+        film = self.film_bias.new_empty(n, len(self.film_bias))
+        sizes = [block.channels for block in self.blocks for _ in range(2)]
+        scales_and_shifts = iter(film[:, :, None, None].split(sizes, dim=1))
         scratch = Scratch(self.film_bias)
         middles: dict[tuple[int, int], FeatureMap] = {}
 
@@ -124,7 +128,7 @@ class _PackedUNet:
                 if shape not in middles:
                     middles[shape] = new_map(*shape)
                 run = block.between(source, middles[shape], target, scratch)
-                work.append(lambda run=run: run(film.pop(), film.pop()))  # type: ignore[misc]
+                work.append(partial(run, next(scales_and_shifts), next(scales_and_shifts)))
                 source = target
             return source
 
@@ -150,11 +154,10 @@ class _PackedUNet:
         h = add_conv(self.conv, h, h.t)
         last = self.last.reading(h, scratch)
         work.append(lambda: h.inner.copy_(self.norm(h.inner)))
-        sizes = [block.channels for block in self.blocks for _ in range(2)]
 
-        def velocity(x: th.Tensor, scales_and_shifts: th.Tensor) -> th.Tensor:
+        def velocity(x: th.Tensor, of_cond: th.Tensor, of_step: th.Tensor) -> th.Tensor:
             first.inner.copy_(x.transpose(1, 2).unsqueeze(2))
-            film[:] = reversed(scales_and_shifts[:, :, None, None].split(sizes, dim=1))
+            th.add(of_cond, of_step, out=film)
             for part in work:
                 part()
             return last().squeeze(2).transpose(1, 2)
@@ -177,9 +180,9 @@ def _integrate(net: VelocityUNet, onednn: bool, cond: th.Tensor, w: th.Tensor, n
             for start in range(begin, end, size):
                 x = noises[start : start + size]
                 owners = th.arange(start, start + size, device=w.device) // m
-                film = of_cond[owners] if m > 1 else of_cond[start : start + size]
+                of_owners = of_cond[owners] if m > 1 else of_cond[start : start + size]
                 for i in range(num_steps):
-                    x = th.add(x, program(x, film + of_steps[i]), alpha=1.0 / num_steps)
+                    x = th.add(x, program(x, of_owners, of_steps[i]), alpha=1.0 / num_steps)
                 chunks[start : start + size] = x
     return chunks.reshape(w.shape)
 

@@ -1,6 +1,7 @@
 """Settings and fixtures shared by all test files."""
 
 import multiprocessing
+import os
 import signal
 
 import pytest
@@ -12,6 +13,7 @@ from tests.envs import tiny_flow
 from tests.models import steered
 
 th.set_num_threads(1)
+os.environ.setdefault("SB3_DSRL_DECODE", "default")  # no test depends on timing, or writes to the user's cache folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell has started the tests in the background
 # Workers start in a moment if what they need has been imported once.
 multiprocessing.set_forkserver_preload(["pytest", "sb3_dsrl.envs.maniskill", "sb3_dsrl.envs.ray_workers", "tests.envs"])

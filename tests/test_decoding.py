@@ -1,17 +1,22 @@
 """The fast decode against a plain loop of full forward passes: the same numbers, also after the weights have changed."""
 
 import copy
+import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch as th
+from torch.nn import functional as F
 
 from sb3_dsrl import EnsembleChunkCritic, FlowPolicy, StateEncoder, VelocityMLP, VelocityUNet
 from sb3_dsrl.policies import decoding
-from sb3_dsrl.policies.decoding import BLOCK_SIZE, integrate
-from sb3_dsrl.policies.networks import VelocityNet
+from sb3_dsrl.policies.decoding import integrate, layers
+from sb3_dsrl.policies.decoding.layers import ONEDNN_FROM
+from sb3_dsrl.policies.decoding.unet import BLOCK_SIZE, PATHS
+from sb3_dsrl.policies.networks import TimestepEmbedding, VelocityNet
+from tests.scripts import EXAMPLES
 
 NETS: dict[str, Callable[[], VelocityNet]] = {
     "MLP": lambda: VelocityMLP(3, 4, 6, width=32, n_blocks=2, embed_dim=8),
@@ -59,6 +64,26 @@ def test_same_as_plain_loops(net: VelocityNet, b: int, m: int, n: int) -> None:
     th.testing.assert_close(fast, with_gradients, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("b", [1, 3, 8, 64, 65, 200])
+@th.no_grad()
+def test_every_path_is_the_same(path: str, b: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with one entry of T and an odd number, and whether oneDNN has small products, too, or none."""
+    monkeypatch.setenv("SB3_DSRL_DECODE", path)
+    for name in ("U-Net", "U-Net, one width"):
+        for threshold in (0, ONEDNN_FROM):
+            monkeypatch.setattr(layers, "ONEDNN_FROM", threshold)
+            th.manual_seed(0)
+            net = NETS[name]().eval()
+            for p in net.parameters():
+                p.data += 0.05 * th.randn_like(p)
+            cond, w = th.randn(b, net.cond_dim), th.randn(b, 1, net.pred_horizon, net.action_dim)
+            x = w[:, 0]
+            for i in range(3):
+                x = x + net(x, th.full((b,), i / 3), th.full((b,), 1 / 3), cond) / 3
+            th.testing.assert_close(integrate(net, cond, w, 3)[:, 0], x, atol=1e-5, rtol=1e-5)
+
+
 @th.no_grad()
 def test_other_devices_take_the_plain_path(net: VelocityNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed networks are for the CPU's caches; on the meta device there is no GPU to ask for."""
@@ -66,8 +91,8 @@ def test_other_devices_take_the_plain_path(net: VelocityNet, monkeypatch: pytest
     def fail(*args: Any) -> None:
         raise AssertionError("packed off the CPU")
 
-    monkeypatch.setattr(decoding, "_unet", fail)
-    monkeypatch.setattr(decoding, "_mlp", fail)
+    monkeypatch.setattr(decoding, "choose", fail)
+    monkeypatch.setattr(decoding, "mlp_velocity", fail)
     net = net.to("meta")
     cond = th.empty(3, net.cond_dim, device="meta")
     w = th.empty(3, 2, net.pred_horizon, net.action_dim, device="meta")
@@ -150,6 +175,37 @@ def test_critic_takes_several_chunks_for_each_observation() -> None:
         th.testing.assert_close(critic(cond, chunk), expected, atol=1e-5, rtol=1e-5)
         scores = critic.get_ucb_q(cond, chunk, 2.0)
     th.testing.assert_close(scores, (expected.mean(0) - 2.0 * expected.std(0, unbiased=False)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 3), (40, 64, 1, 16)])
+@th.no_grad()
+def test_norm_and_mish(shape: tuple[int, ...]) -> None:
+    """In one call and in three; also where the exponential overflows."""
+    norm = th.nn.GroupNorm(8, shape[1])
+    norm.weight.data = 60 * th.randn(shape[1])
+    norm.bias.data = th.randn(shape[1])
+    x = th.randn(shape).contiguous(memory_format=th.channels_last)
+    expected = F.mish(norm(x).double()).float()
+    th.testing.assert_close(layers.NormMish(norm)(x), expected, atol=5e-5, rtol=1e-6)
+    norm.weight.data /= 60
+    expected = F.mish(norm(x).double()).float()
+    th.testing.assert_close(layers.NormMish(norm)(x), expected, atol=2e-6, rtol=1e-6)
+
+
+def test_the_original_gives_the_same_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's peer, with the weights of a network of ours under the names of the original's checkpoints."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    original = importlib.import_module("benchmark.original")
+    th.manual_seed(0)
+    net = VelocityUNet(3, 8, 6, widths=(16, 32, 48), step_embedding=TimestepEmbedding(8)).eval()
+    for p in net.parameters():
+        p.data += 0.05 * th.randn_like(p)
+    cond, w = th.randn(5, 6), th.randn(5, 8, 3)
+    with th.no_grad():
+        ours = integrate(net, cond, w[:, None], 8)[:, 0].clamp(-1, 1)
+    theirs = original.original_decode(original.OriginalUNet(net), cond, w, 8)
+    assert ours.std() > 0.1
+    th.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def test_kept_buffers_are_nobody_elses() -> None:

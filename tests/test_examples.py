@@ -147,12 +147,14 @@ def test_the_policy_of_the_quickstart_plays_a_raw_env_in_a_fresh_process(quickst
 
 def test_benchmark(tmp_path: Path) -> None:
     """The parts without a simulator; the figures of so few repeats mean nothing, but both codes compute the same."""
-    flags = ("--batches", 2, "--stage1-batch", 2, "--repeats", 1, "--no-simulate", "--output", tmp_path)
+    flags = ("--batches", 2, "--peer-batches", 2, "--stage1-batch", 2, "--repeats", 1, "--no-simulate", "--output", tmp_path)
     done = run("benchmark/run.py", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
-    for key in ("decode_speedup", "decode_2step_speedup"):
+    for key in ("decode_speedup", "decode_2step_speedup", "decode_peer_ratio"):
         assert [list(report[key][c]) for c in ("64", "562")] == [["2"]] * 2
-    assert all(row["max_error"] < 1e-5 for row in report["decode"]) and report["max_score_error"] < 1e-4
+    assert (
+        all(row["max_error"] < 1e-5 for row in report["decode"] + report["decode_peer"]) and report["max_score_error"] < 1e-4
+    )
     assert all(report[key] > 0 for key in ("stage1_iteration_speedup", "stage1_iteration_2step_speedup", "stage1_30k_speedup"))
     assert "decode_speedup" in done.stdout

@@ -32,6 +32,8 @@ class Args:
     """Device of decode and stage 1; with "cuda", compiled and bf16 decodes are measured too."""
     batches: tuple[int, ...] = (1, 8, 64, 256, 4096)
     """B of the decodes."""
+    peer_batches: tuple[int, ...] = (1, 8, 64, 256, 1024)
+    """B of the decodes that are compared with the original's."""
     stage1_batch: int = 256
     """Observations in a batch of stage 1, with 16 candidates each."""
     simulate: bool = True

@@ -16,6 +16,7 @@ def print_report(args: Args, report: dict[str, Any]) -> None:
     :param report: what ``report.json`` holds
     """
     table(f"decode, U-Net, T = {T}, against {report['matmul_gflops']:.0f} GFLOP/s of a matrix product", report["decode"])
+    table("decode on the CPU, times faster than the original's, 8 steps", report["decode_peer"])
     keys = [key for key in report if key.startswith("stage1_") and key.endswith("speedup")]
     table(f"stage 1, B = {args.stage1_batch}, M = {M}: times faster than plain", [{key: report[key] for key in keys}])
     if args.simulate:

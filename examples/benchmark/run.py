@@ -24,6 +24,7 @@ from benchmark.envs import bench_envs
 from benchmark.fast import bench_fast
 from benchmark.learning import bench_learning
 from benchmark.measuring import Args
+from benchmark.original import bench_peer
 from benchmark.peers import raw_ceiling
 from benchmark.pool import bench_envpool
 from benchmark.report import print_report
@@ -47,6 +48,7 @@ def main(args: Args) -> None:
     for key in ("decode_speedup", "decode_2step_speedup"):
         report[key] = {str(c): {str(row["B"]): row[key] for row in decode if row["C"] == c} for c in (64, 562)}
     report["decode"] = decode
+    report |= bench_peer(args.repeats, args.peer_batches)
     report |= bench_stage1(args)
     if args.simulate:
         demos = load_demos(args.demo_path)

@@ -111,7 +111,7 @@ def load_awsc_checkpoint(
         n_groups,
         step_embedding=TimestepEmbedding(embed_dim),
     )
-    names = {_legacy_name(name): name for name in velocity.state_dict()}
+    names = {legacy_name(name): name for name in velocity.state_dict()}
     _load(path, velocity, {names.get(name, name): value for name, value in unet.items()}, "velocity_net_ema.unet", names)
     critic = _critic(path, agent, cond_dim, action_dim)
     flow = FlowPolicy(
@@ -163,7 +163,11 @@ def _get(path: Path, state: Tensors, name: str) -> th.Tensor:
     return state[name]
 
 
-def _legacy_name(name: str) -> str:
+def legacy_name(name: str) -> str:
+    """
+    :param name: of a tensor of :class:`~sb3_dsrl.policies.networks.VelocityUNet`
+    :return: its name in the checkpoint's U-Net
+    """
     for pattern, replacement in _UNET_NAMES:
         name = re.sub(pattern, replacement, name)
     return name

@@ -17,6 +17,7 @@ from sb3_dsrl import (
     VelocityUNet,
     demo_transitions,
     load_demos,
+    state_layout,
     train_critic,
     train_flow,
 )
@@ -38,6 +39,9 @@ class Args(TrainingArgs):
     """Shortcut flow, or diffusion policy decoded by DDIM."""
     network: Literal["unet", "mlp"] = "unet"
     """Velocity network."""
+    spatial_features: bool = True
+    """State demos: with features of where things are to each other. The demos say what their state is made of, or else the
+    task is made once and asked."""
     obs_horizon: int | None = None
     """Frames that the policy sees; 2 for state, 1 for images if not given."""
     pred_horizon: int = 16
@@ -73,8 +77,13 @@ def main(args: Args) -> None:
         from sb3_dsrl.policies.diffusion import DiffusionPolicy
 
         policy_class = DiffusionPolicy
+    layout = None
+    if args.spatial_features and not demos.image_shapes:
+        layout = demos.state_layout or state_layout(demos.env_id, demos.control_mode)
     flow = train_flow(
         demos,
+        spatial_features=args.spatial_features,
+        state_layout=layout,
         policy_class=policy_class,
         net_class=VelocityUNet if args.network == "unet" else VelocityMLP,
         obs_horizon=args.obs_horizon or (1 if demos.image_shapes else 2),

@@ -48,6 +48,7 @@ from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 if TYPE_CHECKING:
     from sb3_dsrl.envs.maniskill import make_chunk_env, make_latent_env
+    from sb3_dsrl.envs.state_layout import state_layout
     from sb3_dsrl.evaluation.video import record_video
 
 __version__ = "0.1.0"
@@ -103,6 +104,7 @@ __all__ = [
     "pretrain_latent",
     "record_video",
     "results_table",
+    "state_layout",
     "steerability",
     "resume",
     "train_critic",
@@ -115,6 +117,7 @@ _LAZY = {
     "make_chunk_env": "sb3_dsrl.envs.maniskill",
     "make_latent_env": "sb3_dsrl.envs.maniskill",
     "record_video": "sb3_dsrl.evaluation.video",
+    "state_layout": "sb3_dsrl.envs.state_layout",
 }
 
 

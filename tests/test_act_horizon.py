@@ -47,6 +47,8 @@ def test_view_shares_everything_but_its_horizon() -> None:
     assert th.equal(view.executed(chunk), chunk[:, :2]) and th.equal(flow.executed(chunk), chunk[:, :3])
     assert view.fingerprint() == tiny_flow(act_horizon=2).fingerprint() != flow.fingerprint()
     assert flow.with_act_horizon(3).fingerprint() == flow.fingerprint() == tiny_flow(act_horizon=3).fingerprint()
+    view.critic = None
+    assert flow.critic is not None
     with th.no_grad():
         flow.net.inlet.bias += 1
     assert view.fingerprint() == view.with_act_horizon(2).fingerprint() != tiny_flow(act_horizon=2).fingerprint()

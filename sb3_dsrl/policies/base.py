@@ -114,10 +114,11 @@ class SteerablePolicy(nn.Module, ABC):
         noise means something else there, and so is a critic that was trained for another H.
 
         :param act_horizon: H
-        :return: a view that shares networks and critic with this policy, which stays as it is
+        :return: a view with the same networks and critic; this policy stays as it is
         :raises ValueError: if the chunks are not that long
         """
         view = copy.copy(self)
+        view._modules = self._modules.copy()  # a critic of its own that the view gets later is not the policy's
         view.act_horizon = act_horizon
         view._check_act_horizon()
         return view

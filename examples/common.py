@@ -124,7 +124,8 @@ class SteeringArgs(RunArgs):
     pred_horizon: int | None = None
     """Length of the chunks of a .pt file. Otherwise a check."""
     act_horizon: int | None = None
-    """A check: the flow must execute so many env steps of each chunk."""
+    """Env steps of each chunk that are executed; the flow's own if not given. A latent policy and a critic are for one number
+    only. With --policy a check."""
     obs_mode: str | None = None
     """A check: the flow must see observations of this ManiSkill mode."""
 
@@ -171,6 +172,8 @@ def load_flow(args: SteeringArgs, path: Path) -> FlowPolicy:
         flow = _load_pt(args, path)
     else:
         flow = FlowPolicy.from_pretrained(path, device=args.device)
+    if args.act_horizon is not None:
+        flow = flow.with_act_horizon(args.act_horizon)
     check_flow(args, flow, path)
     return flow
 

@@ -20,6 +20,7 @@ from sb3_dsrl import (
     demo_transitions,
     evaluate,
     load_demos,
+    state_layout,
     train_critic,
     train_flow,
 )
@@ -45,6 +46,9 @@ class Args(TrainingArgs):
     """Size of the network."""
     width: int | None = None
     """In place of the size's: hidden units of the MLP, or channels of the U-Net's first stage (later ones: times 2 and 4)."""
+    spatial_features: bool = True
+    """State demos: with features of where things are to each other. The demos say what their state is made of, or else the
+    task is made once and asked."""
     obs_horizon: int | None = None
     """Frames that the policy sees; 2 for state, 1 for images if not given."""
     pred_horizon: int = 16
@@ -116,8 +120,13 @@ def main(args: Args) -> None:
         policy_class = DiffusionPolicy
     success = Success(args)
     score = success if args.num_eval_episodes else None
+    layout = None
+    if args.spatial_features and not demos.image_shapes:
+        layout = demos.state_layout or state_layout(demos.env_id, demos.control_mode)
     flow = train_flow(
         demos,
+        spatial_features=args.spatial_features,
+        state_layout=layout,
         policy_class=policy_class,
         **network(args),
         obs_horizon=args.obs_horizon or (1 if demos.image_shapes else 2),

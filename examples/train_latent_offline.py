@@ -215,6 +215,8 @@ def main(args: Args) -> None:
     """Trains, evaluates and saves the latent policy."""
     args.check()
     flow = load_flow(args, args.awsc_checkpoint)
+    if args.mode == "candidates" and flow.critic is not None:
+        flow.check_critic(flow.critic)
     eval_env = make_env(args, flow, args.num_eval_envs if args.num_eval_episodes else 1)
     env = make_env(args, flow, args.num_envs or 8, args.seed) if args.collects else eval_env
     run = Run("train_latent_offline", args, args.env_id or str(flow.env_id))

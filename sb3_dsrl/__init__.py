@@ -49,6 +49,7 @@ from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 if TYPE_CHECKING:
     from sb3_dsrl.envs.maniskill import make_chunk_env, make_latent_env
+    from sb3_dsrl.envs.state_layout import state_layout
     from sb3_dsrl.evaluation.video import record_video
 
 __version__ = "0.1.0"
@@ -105,6 +106,7 @@ __all__ = [
     "pretrain_latent",
     "record_video",
     "results_table",
+    "state_layout",
     "steerability",
     "resume",
     "train_critic",
@@ -117,6 +119,7 @@ _LAZY = {
     "make_chunk_env": "sb3_dsrl.envs.maniskill",
     "make_latent_env": "sb3_dsrl.envs.maniskill",
     "record_video": "sb3_dsrl.evaluation.video",
+    "state_layout": "sb3_dsrl.envs.state_layout",
 }
 
 

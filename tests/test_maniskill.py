@@ -62,6 +62,16 @@ def workers(env_id: str) -> Iterator[VecEnv]:
     env.close()
 
 
+def test_other_act_horizon() -> None:
+    flow = flow_for("PushCube-v1")
+    env = make_latent_env("PushCube-v1", flow, act_horizon=2, max_episode_steps=5)
+    result = evaluate("prior", env, 1)
+    assert result.episodes == 1 and env.steering.contract.act_horizon == 2 and flow.act_horizon == 4
+    assert env.step(np.zeros((1, 4, 8)))[3][0]["action_chunk"].shape == (2, 8)
+    assert env.macro_gamma == pytest.approx(0.99**2)
+    env.close()
+
+
 def test_check_env(env_id: str) -> None:
     flow = flow_for(env_id)
     env = LatentSteeringWrapper(raw_env(env_id), flow)

@@ -106,7 +106,7 @@ def test_stage_2_goes_on_from_stage_1(folder: Path) -> None:
     ("flags", "sentence"),
     [
         (("--obs_mode", "rgb"), "--obs_mode is rgb, but the flow in best_eval_success_once.pt has state"),
-        (("--act_horizon", 4), "--act_horizon is 4, but the flow in best_eval_success_once.pt has 8"),
+        (("--act_horizon", 16), r"act_horizon must lie in 1..15 \(pred_horizon - action_offset\), found 16"),
         ((), r"its chunks have shape \(H, A\) = \(8, 7\), but the flow's are \(8, 8\)"),
     ],
 )

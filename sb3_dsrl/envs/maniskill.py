@@ -35,6 +35,7 @@ def make_latent_env(
     *,
     obs_mode: str | None = None,
     control_mode: str | None = None,
+    act_horizon: int | None = None,
     noise_bound: float = 4.0,
     steer_mode: SteerMode = "full",
     num_steps: int | None = None,
@@ -50,6 +51,8 @@ def make_latent_env(
     :param n_envs: N
     :param obs_mode: ManiSkill observation mode; None is the flow's
     :param control_mode: ManiSkill controller; None is the flow's
+    :param act_horizon: H; None is the flow's own. With another H, ``env.steering.flow`` is what rollouts and stage 1 need, see
+        :meth:`SteerablePolicy.with_act_horizon <sb3_dsrl.policies.base.SteerablePolicy.with_act_horizon>`.
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
         "shared" one entry, which is repeated T times
@@ -63,6 +66,7 @@ def make_latent_env(
     :raises ValueError: if an argument does not fit
     """
     check_flow(flow)
+    flow = flow if act_horizon is None else flow.with_act_horizon(act_horizon)
     venv = make_chunk_env(
         env_id,
         n_envs,

@@ -24,7 +24,7 @@ class BestOfM:
     :param critic: ensemble chunk critic; None is the flow's own
     :param n_candidates: M
     :param kappa: the score is mean - kappa * std over the ensemble
-    :raises ValueError: if there is no trained critic, M is not positive, or the env normalises features
+    :raises ValueError: if there is no trained critic, it is for another H, M is not positive, or the env normalises features
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class BestOfM:
                 f"The best of M needs a trained critic, found {'none' if critic is None else 'an untrained one'}: "
                 f"call train_critic(flow, demo_transitions(flow, demos)) first"
             )
+        self.steering.flow.check_critic(critic)
         self.critic, self.n_candidates, self.kappa = critic, n_candidates, kappa
 
     @th.no_grad()

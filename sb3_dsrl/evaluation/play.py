@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
 from sb3_dsrl.evaluation.vec_normalize import require_raw_features, statistics_kept
 from sb3_dsrl.policies.base import SteerablePolicy
-from sb3_dsrl.steering.contract import PLAYING, check_agreement
+from sb3_dsrl.steering.contract import PLAYING, check_act_horizon, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 
 
@@ -213,8 +213,12 @@ def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callab
     shape = (venv.num_envs, *venv.action_space.shape)  # type: ignore[misc]
     space: Any = venv.action_space
     if isinstance(actor, SteerablePolicy):
-        if isinstance(space, NoiseSpace) and actor.fingerprint() != space.contract.flow_hash:
-            raise ValueError(f"The env steers flow {space.contract.flow_hash}, but the flow to play is {actor.fingerprint()}")
+        if isinstance(space, NoiseSpace):
+            check_act_horizon(actor, space.contract)
+            if actor.fingerprint() != space.contract.flow_hash:
+                raise ValueError(
+                    f"The env steers flow {space.contract.flow_hash}, but the flow to play is {actor.fingerprint()}"
+                )
         actor = "prior"
     if isinstance(actor, str):
         if actor == "prior":

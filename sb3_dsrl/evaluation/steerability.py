@@ -26,6 +26,7 @@ from sb3_dsrl.policies.networks import EnsembleChunkCritic
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.demos import Demos, chunks_from_now
 from sb3_dsrl.stage0.features import check_demos_fit, encode_demos
+from sb3_dsrl.steering.contract import check_act_horizon
 from sb3_dsrl.steering.scores import score_noises
 from sb3_dsrl.steering.steering import Steering
 from sb3_dsrl.steering.vec_env import find_steering
@@ -60,7 +61,8 @@ def steerability(
     :param flow: the flow that the env steers
     :param env: steered env, gym or vectorised; let it ignore terminations, so that ``success_at_end`` is judged at the time
         limit
-    :param critic: ensemble chunk critic; None is the flow's own, if that is trained
+    :param critic: ensemble chunk critic; None is the flow's own, if that is trained, and for the H that the env
+        executes
     :param demos: the flow's demos, or the path of an ``.h5`` file, to compare the spread of actions with; or None
     :param episodes: at most, in all
     :param n_tickets: fixed noises that are tried
@@ -72,6 +74,7 @@ def steerability(
     :raises ValueError: if the env steers another flow or reports no success, the demos do not fit, or the episodes are too few
     """
     steering = find_steering(env)
+    check_act_horizon(flow, steering.contract)
     if steering.contract.flow_hash != flow.fingerprint():
         raise ValueError(
             f"The env steers the flow {steering.contract.flow_hash}, but flow is {flow.fingerprint()}: expected the same"
@@ -84,8 +87,9 @@ def steerability(
             raise ValueError(f"{demos.path} holds one episode, expected at least 2 to compare with each other")
     n_base, n_control, rounds = _split(episodes, n_tickets)
     recorder = _OutcomeRecorder(as_vec_env(env))
-    if critic is None and flow.critic is not None and flow.critic.updates:
-        critic = flow.critic
+    own = flow.critic
+    if critic is None and own is not None and own.updates and own.act_horizon == flow.act_horizon:
+        critic = own
     best_of = None if critic is None else BestOfM(recorder, critic, n_candidates, kappa)
     tests_seed, passes = TEST_SEED + seed, []
 
@@ -119,6 +123,7 @@ def steerability(
         tries=_paired(passes, n_control),
         rollouts=rollouts,
         env_steps=recorder.env_steps,
+        act_horizon=flow.act_horizon,
     )
 
 
@@ -186,6 +191,7 @@ def _scores(
     steering: Steering, critic: EnsembleChunkCritic, cond: th.Tensor, chunk: th.Tensor, w: th.Tensor, kappa: float
 ) -> th.Tensor:
     """Of the chunks that were executed; a critic that scores another part of them sees the noises decoded again."""
+    steering.flow.check_critic(critic)
     device = next(critic.parameters()).device
     if critic.first_action in (None, steering.flow.action_offset):
         return critic.get_ucb_q(cond.to(device), chunk.to(device), kappa)

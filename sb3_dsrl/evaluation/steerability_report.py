@@ -62,6 +62,7 @@ class SteerabilityReport:
         The starts are the same as far as :func:`~sb3_dsrl.evaluation.play.play` says.
     :param rollouts: the base episodes, which stage 1 can learn from
     :param env_steps: env steps that the simulator executed for all of this
+    :param act_horizon: H, env steps of each chunk that were executed
     """
 
     base: EvalResult
@@ -76,6 +77,7 @@ class SteerabilityReport:
     tries: np.ndarray
     rollouts: Rollouts
     env_steps: int
+    act_horizon: int
 
     @property
     def rows(self) -> list[EvalResult]:
@@ -165,7 +167,7 @@ class SteerabilityReport:
                 for name, std in (("over noise", spread.noise), ("all", spread.overall), ("similar states", spread.similar))
                 if std is not None
             ),
-            "Critic: no trained critic."
+            "Critic: no trained critic for this act_horizon."
             if self.best_of is None
             else "Critic: all base episodes ended alike, so its scores could not be judged."
             if self.auc_first_chunk is None
@@ -175,7 +177,7 @@ class SteerabilityReport:
             f"Reach: {self.reach:.2f} of {len(self.tries)} starts were solved by one of {self.tries.shape[1]} noises, "
             f"{self.tries[:, 0].mean():.2f} by the flow's first.",
             f"Potential: {self.potential:+.2f} (shown {self.shown_gain:.2f}, reachable {self.reachable_gain:.2f}). "
-            f"Env steps used: {self.env_steps:,}.",
+            f"Env steps used: {self.env_steps:,}, {self.act_horizon} of each chunk.",
             f"Verdict: {self.verdict}",
         ]
         return "\n".join(lines)
@@ -213,6 +215,7 @@ class SteerabilityReport:
             action_std=spread | dict(ratio=self.spread.ratio),
             critic=None if self.best_of is None else dict(auc_first_chunk=self.auc_first_chunk, auc_episode=self.auc_episode),
             env_steps=self.env_steps,
+            act_horizon=self.act_horizon,
         )
 
     def save_json(self, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -67,13 +68,9 @@ class SteerablePolicy(nn.Module, ABC):
             raise ValueError(f"gamma is the discount per env step and must lie in (0, 1], found {gamma}")
         if action_offset < 0:
             raise ValueError(f"action_offset must be >= 0, found {action_offset}")
-        if not 1 <= act_horizon <= self.pred_horizon - action_offset:
-            raise ValueError(
-                f"act_horizon must lie in 1..{self.pred_horizon - action_offset} (pred_horizon - action_offset), "
-                f"found {act_horizon}"
-            )
         self.obs_shapes, self.obs_horizon, self.cond_dim = obs_shapes, obs_horizon, cond_dim
-        self.act_horizon, self.action_offset = act_horizon, action_offset
+        self.action_offset, self.act_horizon = action_offset, act_horizon
+        self._check_act_horizon()
         self.critic = critic
         self.env_id, self.obs_mode, self.control_mode = env_id, obs_mode, control_mode
         self.gamma, self.reward_scale = gamma, reward_scale
@@ -110,6 +107,38 @@ class SteerablePolicy(nn.Module, ABC):
         """Shape (T, A) of one noise."""
         return (self.pred_horizon, self.action_dim)
 
+    def with_act_horizon(self: Self, act_horizon: int) -> Self:
+        """
+        The same policy with another H. How many of the T actions are executed can be chosen after training: with fewer it
+        reacts sooner, at the price of more decodes. Latent policies and rollouts of one H are refused with another, since a
+        noise means something else there, and so is a critic that was trained for another H.
+
+        :param act_horizon: H
+        :return: a view with the same networks and critic; this policy stays as it is
+        :raises ValueError: if the chunks are not that long
+        """
+        view = copy.copy(self)
+        view._modules = self._modules.copy()  # a critic of its own that the view gets later is not the policy's
+        view.act_horizon = act_horizon
+        view._check_act_horizon()
+        return view
+
+    def _check_act_horizon(self) -> None:
+        longest = self.pred_horizon - self.action_offset
+        if not 1 <= self.act_horizon <= longest:
+            raise ValueError(f"act_horizon must lie in 1..{longest} (pred_horizon - action_offset), found {self.act_horizon}")
+
+    def check_critic(self, critic: EnsembleChunkCritic) -> None:
+        """
+        :param critic: ensemble chunk critic
+        :raises ValueError: if it scores chunks of another length than what is executed
+        """
+        if critic.act_horizon != self.act_horizon:
+            raise ValueError(
+                f"The critic scores chunks of {critic.act_horizon} actions, but {self.act_horizon} of each chunk are "
+                f"executed: train one for act_horizon={self.act_horizon} (EnsembleChunkCritic, train_critic)"
+            )
+
     def executed(self, chunk: th.Tensor) -> th.Tensor:
         """
         The part of a chunk that is sent to the env. This slice convention exists nowhere else.
@@ -126,7 +155,9 @@ class SteerablePolicy(nn.Module, ABC):
         :param chunk: (..., T, A)
         :param critic: ensemble chunk critic
         :return: (..., H, A)
+        :raises ValueError: if the critic is for another H
         """
+        self.check_critic(critic)
         begin = self.action_offset if critic.first_action is None else critic.first_action
         return chunk[..., begin : begin + critic.act_horizon, :]
 

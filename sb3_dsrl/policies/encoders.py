@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_dsrl.policies.networks import Network
+from sb3_dsrl.policies.spatial_features import SpatialFeatures, describe
 from sb3_dsrl.utils.observations import map_frames
 
 #: Shape of one frame: of the flat observation, or of each entry of a dict observation.
@@ -50,7 +51,7 @@ class ObsEncoder(Network):
         never_fitted = not self.mean.any() and bool((self.std == 1).all())
         return self.normalizes and len(self.mean) > 0 and never_fitted
 
-    def fit(self, frames: th.Tensor, min_std: float = 1e-2) -> None:
+    def fit(self, frames: th.Tensor, min_std: float | th.Tensor = 1e-2) -> None:
         """
         Sets mean and standard deviation from demo frames.
 
@@ -104,13 +105,40 @@ class StateEncoder(ObsEncoder):
     :param obs_dim: D
     :param obs_horizon: frames, oldest first
     :param normalize: False leaves the observations as they are
+    :param features: what is made of each frame before it is normalised; None is the frame itself
+    :raises ValueError: if the features are of states of another size
     """
 
-    def __init__(self, obs_dim: int, obs_horizon: int, normalize: bool = True) -> None:
-        super().__init__(obs_horizon, obs_dim, obs_dim, (obs_dim,), obs_dim=obs_dim, normalize=normalize)
+    def __init__(
+        self, obs_dim: int, obs_horizon: int, normalize: bool = True, features: SpatialFeatures | None = None
+    ) -> None:
+        config: dict[str, Any] = dict(obs_dim=obs_dim, normalize=normalize)
+        dim = obs_dim
+        if features is not None:
+            if features.state_dim != obs_dim:
+                raise ValueError(
+                    f"The layout of the state does not fit observations of {obs_dim} dimensions: "
+                    f"{describe(features.config['layout'])}"
+                )
+            config["features"], dim = features, features.out_dim
+        super().__init__(obs_horizon, dim, dim, (obs_dim,), **config)
+        self.features = features
+
+    def fit(self, frames: th.Tensor, min_std: float | th.Tensor = 1e-2) -> None:
+        """
+        See :meth:`ObsEncoder.fit`.
+
+        :param frames: (n, D)
+        :param min_std: floor where there are no features; those have their own
+        :raises ValueError: also if the frames do not have the layout of the features
+        """
+        if self.features is None:
+            return super().fit(frames, min_std)
+        self.features.check(frames)
+        super().fit(self.features(frames), self.features.min_std)
 
     def encode_frames(self, frames: th.Tensor) -> th.Tensor:
-        return self.normalize(frames)
+        return self.normalize(frames if self.features is None else self.features(frames))
 
 
 class ImageEncoder(ObsEncoder):

@@ -18,6 +18,7 @@ from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate
 from sb3_dsrl.policies.encoders import ImageEncoder, ObsEncoder, StateEncoder
 from sb3_dsrl.policies.losses import shortcut_loss
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
+from sb3_dsrl.policies.spatial_features import SpatialFeatures, StateLayout
 from sb3_dsrl.utils.devices import get_device
 from sb3_dsrl.utils.integrity import one_line, sha256
 from sb3_dsrl.utils.observations import map_frames
@@ -158,6 +159,7 @@ class FlowPolicy(
         net_kwargs: dict[str, Any] | None = None,
         critic_kwargs: dict[str, Any] | None = None,
         normalize_actions: bool = True,
+        state_layout: StateLayout | None = None,
         **kwargs: Any,
     ) -> "FlowPolicy":
         """
@@ -174,10 +176,17 @@ class FlowPolicy(
         :param net_kwargs: further arguments of the network
         :param critic_kwargs: further arguments of the critic
         :param normalize_actions: with a normaliser of actions, which training fits to the demos
+        :param state_layout: name and size of each part of a flat observation, of which
+            :class:`~sb3_dsrl.policies.spatial_features.SpatialFeatures` are made; None takes the observation as it is
         :param kwargs: further arguments of the policy itself
-        :raises ValueError: if a backbone comes without images, or horizons and networks do not fit each other
+        :raises ValueError: if a backbone comes without images or a layout with them, or horizons and networks do not fit
         """
-        encoder: ObsEncoder = StateEncoder(obs_dim, obs_horizon)
+        if image_shapes and state_layout:
+            raise ValueError(
+                "A layout of the state was given, but there are images: spatial features are of flat observations"
+            )
+        features = SpatialFeatures(state_layout) if state_layout else None
+        encoder: ObsEncoder = StateEncoder(obs_dim, obs_horizon, features=features)
         if image_shapes:
             encoder = ImageEncoder(obs_dim, image_shapes, backbone, obs_horizon)
         elif backbone is not None:

@@ -63,7 +63,8 @@ def train_critic(
     :param progress_bar: show a progress bar
     :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
     :return: the critic, frozen
-    :raises ValueError: if there is no critic to train, or it scores another part of a chunk than what is executed
+    :raises ValueError: if there is no critic to train, or it scores another part of a chunk, or a longer or shorter one, than
+        what is executed
     """
     if seed is not None:
         th.manual_seed(seed)
@@ -75,6 +76,7 @@ def train_critic(
             f"The critic scores chunks from entry {critic.first_action} on, but transitions hold what is executed, from entry "
             f"{flow.action_offset} on: build it with first_action=None"
         )
+    flow.check_critic(critic)
     critic.to(flow.device).train().requires_grad_(True)
     target = AveragedModel(critic, multi_avg_fn=get_ema_multi_avg_fn(1 - tau))
     optimizer = th.optim.Adam(critic.parameters(), lr=learning_rate)

@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from sb3_dsrl.policies.spatial_features import StateLayout, describe
 from sb3_dsrl.stage0.demos import DemoError, Demos, Episode, StoredImages
 from sb3_dsrl.utils.integrity import check_sums, one_line
 
@@ -25,6 +26,9 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
     """
     Reads a ManiSkill trajectory file. Warns about files that ``replay_trajectory`` converted to ``pd_ee_delta_pose``: their
     rotations are not quite those that the controller understands.
+
+    Beside what ManiSkill writes, the JSON may hold ``"state_layout"``, a list of [name, size] of the parts of a flat
+    observation, as ``sb3_dsrl.state_layout(env_id)`` finds them: what :func:`~sb3_dsrl.create_flow` makes spatial features of.
 
     :param path: the ``.h5`` file; its ``.json`` must lie beside it
     :param num_demos: read only the first so many episodes; None reads all
@@ -42,7 +46,7 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
     if num_demos is not None and num_demos < 1:
         raise ValueError(f"num_demos must be at least 1, found {num_demos}")
     check_sums(path.with_suffix(".sha256"), (path, meta_path))
-    env_id, env_kwargs, listed, has_source = _read_json(meta_path)
+    env_id, env_kwargs, listed, meta = _read_json(meta_path)
     # replay_trajectory rewrites the control mode of each episode; older files have it in env_kwargs only
     own_mode = _text(meta_path, env_kwargs, "control_mode")
     modes = {_text(meta_path, episode, "control_mode") or own_mode for episode in listed} or {own_mode}
@@ -56,7 +60,7 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         if control_mode == "pd_ee_delta_pose":  # see the warning below
             way = f"record it with `python examples/make_demos.py --control-mode {control_mode}`"
         raise DemoError(f"{path} holds actions for control_mode={found_mode!r}, expected {control_mode!r}: {way}")
-    if found_mode == "pd_ee_delta_pose" and not has_source and env_kwargs.keys() >= _REPLAY_KEYS:
+    if found_mode == "pd_ee_delta_pose" and "source_type" not in meta and env_kwargs.keys() >= _REPLAY_KEYS:
         warnings.warn(
             f"{path} looks as if replay_trajectory had converted it to pd_ee_delta_pose: ManiSkill 3.0.1 writes rotations as "
             f"axis-angle there, where the controller reads Euler angles, so that they are up to 3% off; record with that "
@@ -83,6 +87,7 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
     shapes = {repr(episode.images and episode.images.shapes) for episode in episodes}
     if len(shapes) > 1:
         raise DemoError(f"{path}: images differ in shape between episodes ({' and '.join(sorted(shapes))})")
+    flat = episodes[0].images is None
     return Demos(
         path=path,
         episodes=episodes,
@@ -90,6 +95,7 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         obs_mode=_text(meta_path, env_kwargs, "obs_mode") or "state",
         control_mode=found_mode,
         reward_mode=_text(meta_path, env_kwargs, "reward_mode"),
+        state_layout=_state_layout(meta_path, meta, episodes[0].obs.shape[1]) if flat else None,
     )
 
 
@@ -97,8 +103,21 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
 _REPLAY_KEYS = {"reward_mode", "render_mode", "sim_backend", "num_envs"}
 
 
-def _read_json(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]], bool]:
-    """The env id, the arguments of the env, what is said about each episode, and whether the source of the file is named."""
+def _state_layout(path: Path, meta: dict[str, Any], obs_dim: int) -> StateLayout | None:
+    found = meta.get("state_layout")
+    if found is None:
+        return None
+    try:
+        layout = [(str(name), int(size)) for name, size in found]
+    except (TypeError, ValueError) as error:
+        raise DemoError(f"{path}: 'state_layout' is {found!r}, expected a list of [name, size]") from error
+    if sum(size for _, size in layout) != obs_dim or any(size < 1 for _, size in layout):
+        raise DemoError(f"{path}: 'state_layout' does not fit observations of {obs_dim} dimensions: {describe(layout)}")
+    return layout
+
+
+def _read_json(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The env id, the arguments of the env, what is said about each episode, and all of it."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -115,7 +134,7 @@ def _read_json(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]], b
         raise DemoError(f"{path}: 'env_info/env_kwargs' is a {type(env_kwargs).__name__}, expected an object")
     if not isinstance(listed, list) or not all(isinstance(episode, dict) for episode in listed):
         raise DemoError(f"{path}: 'episodes' is no list of objects")
-    return env_id, env_kwargs, listed, "source_type" in meta
+    return env_id, env_kwargs, listed, meta
 
 
 def _text(path: Path, entries: dict[str, Any], key: str) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from sb3_dsrl.policies.spatial_features import StateLayout
 from sb3_dsrl.utils.observations import map_frames
 
 
@@ -98,6 +99,7 @@ class Demos:
     :param obs_mode: ManiSkill observation mode
     :param control_mode: ManiSkill controller of the actions
     :param reward_mode: ManiSkill reward mode of the rewards
+    :param state_layout: name and size of each part of a flat observation, or None if the file does not say
     """
 
     path: Path
@@ -106,6 +108,7 @@ class Demos:
     obs_mode: str
     control_mode: str
     reward_mode: str | None
+    state_layout: StateLayout | None = None
 
     @property
     def obs_dim(self) -> int:

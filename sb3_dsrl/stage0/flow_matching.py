@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.networks import VelocityNet
+from sb3_dsrl.policies.spatial_features import StateLayout
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.features import check_demos_fit
@@ -74,13 +75,24 @@ class ImageTraining:
             raise ValueError(f"random_shift_pad must be >= 0, found {self.random_shift_pad}")
 
 
-def create_flow(demos: Demos | str | Path, policy_class: type[FlowPolicy] = FlowPolicy, **kwargs: Any) -> FlowPolicy:
+def create_flow(
+    demos: Demos | str | Path,
+    policy_class: type[FlowPolicy] = FlowPolicy,
+    *,
+    spatial_features: bool = True,
+    state_layout: StateLayout | None = None,
+    **kwargs: Any,
+) -> FlowPolicy:
     """
     An untrained flow that fits demos: sizes, observation mode, controller and env id are theirs, and so are the statistics
     that it normalises observations and actions with.
 
     :param demos: demos, or the path of an ``.h5`` file
     :param policy_class: :class:`~sb3_dsrl.policies.diffusion.DiffusionPolicy` makes a diffusion policy
+    :param spatial_features: let the encoder make :class:`~sb3_dsrl.policies.spatial_features.SpatialFeatures` of flat
+        observations whose layout is known
+    :param state_layout: name and size of each part of a flat observation, as ``sb3_dsrl.state_layout(env_id)`` finds them;
+        None is what the demos say, if they do
     :param kwargs: arguments of :meth:`FlowPolicy.create`, such as ``net_class``, ``obs_horizon``, ``pred_horizon``,
         ``act_horizon``, ``gamma``
     :return: the flow, on the CPU
@@ -89,6 +101,10 @@ def create_flow(demos: Demos | str | Path, policy_class: type[FlowPolicy] = Flow
     if not isinstance(demos, Demos):
         demos = load_demos(demos)
     about = dict(env_id=demos.env_id, obs_mode=demos.obs_mode, control_mode=demos.control_mode)
+    if spatial_features:
+        kwargs["state_layout"] = state_layout or demos.state_layout
+    elif state_layout is not None:
+        raise ValueError("state_layout does nothing with spatial_features=False")
     sizes = dict(obs_dim=demos.obs_dim, action_dim=demos.action_dim, image_shapes=demos.image_shapes)
     flow = policy_class.create(**(sizes | about | kwargs))
     _fit_statistics(flow, demos)
@@ -135,8 +151,8 @@ def train_flow(
     :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
     :param validation: holds demos out, judges the moving average on them now and then and keeps the best; None learns from all
         demos and keeps the last
-    :param create_kwargs: arguments of :func:`create_flow` when ``flow`` is None, such as ``policy_class``, ``net_class``,
-        ``obs_horizon``, ``pred_horizon``, ``act_horizon``, ``gamma``
+    :param create_kwargs: arguments of :func:`create_flow` when ``flow`` is None, such as ``policy_class``, ``state_layout``,
+        ``net_class``, ``obs_horizon``, ``pred_horizon``, ``act_horizon``, ``gamma``
     :return: the trained policy, frozen
     :raises ValueError: if demos and flow do not fit, ``advantage`` comes without a trained critic, or an argument was given
         that cannot apply

@@ -140,6 +140,19 @@ def check_agreement(
         raise ValueError(" ".join(sentences))
 
 
+def check_act_horizon(flow: SteerablePolicy, contract: Contract) -> None:
+    """
+    :param flow: the flow that the env should steer
+    :param contract: of the env
+    :raises ValueError: if the env executes another number of steps of each chunk
+    """
+    if contract.act_horizon != flow.act_horizon:
+        raise ValueError(
+            f"The env executes {contract.act_horizon} steps of each chunk (act_horizon), but the flow {flow.act_horizon}: "
+            f"pass flow.with_act_horizon({contract.act_horizon})"
+        )
+
+
 _HAVE = {True: "have", False: "has"}
 _NAMES = {"flow_hash": "flow"}
 

@@ -41,6 +41,7 @@ class LatentSteeringWrapper(gym.Wrapper):
     :param cut_at_time_limit: end a chunk at a time limit, for envs that cannot be stepped past it, see
         :class:`ActionChunkWrapper`; None is as in an ActionChunkWrapper below, or False
     :param allow_other_task: accept an env with another id than the one that the flow was trained on
+    :param act_horizon: H, see :meth:`~sb3_dsrl.policies.base.SteerablePolicy.with_act_horizon`; None is the flow's own
     :raises ValueError: if flow and env do not fit
     """
 
@@ -56,8 +57,10 @@ class LatentSteeringWrapper(gym.Wrapper):
         reward_scale: float | None = None,
         cut_at_time_limit: bool | None = None,
         allow_other_task: bool = False,
+        act_horizon: int | None = None,
     ) -> None:
         check_flow(flow)
+        flow = flow if act_horizon is None else flow.with_act_horizon(act_horizon)
         asked = dict(
             gamma=gamma,
             ignore_terminations=ignore_terminations,

@@ -29,7 +29,8 @@ class VecLatentSteering(VecEnvWrapper):
 
     :param venv: vectorised :class:`ActionChunkWrapper` envs (in this process, in worker processes, in Ray actors) or a
         :class:`BatchedChunkEnv`
-    :param flow: the policy that is steered; it is frozen
+    :param flow: the policy that is steered; it is frozen. For chunk envs of another H than its own, pass
+        ``flow.with_act_horizon(H)``.
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
         "shared" one entry, which is repeated T times

@@ -54,6 +54,14 @@ def cut(part: float) -> Change:
     return loaded(lambda path: path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)]))
 
 
+def of_state(layout: Any) -> Change:
+    def change(path: Path) -> None:
+        meta = path.with_suffix(".json")
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(state_layout=layout)))
+
+    return loaded(change)
+
+
 def meta(text: str | bytes) -> Change:
     return loaded(lambda path: path.with_suffix(".json").write_bytes(text if isinstance(text, bytes) else text.encode()))
 
@@ -192,6 +200,10 @@ CASES = [
     ),
     Case(
         "no episodes", lambda folder: load_demos(write_demos(folder / "demos.h5", [])), r"demos.h5 holds no episodes \(no gr"
+    ),
+    Case("state_layout of another size", of_state([["qpos", 4]]), r"'state_layout' does not fit observations of 3 dimen"),
+    Case(
+        "state_layout that is none", of_state([3]), r"demos.json: 'state_layout' is \[3\], expected a list of \[name, size\]"
     ),
     Case("dataset in place of an episode", loaded(dataset_as_episode), r"traj_2 is a dataset, expected the group of an epi"),
     Case("episode without observations", episode(obs=None), r"traj_1 has no 'obs': replay the file with `--obs-mode state`"),

@@ -157,7 +157,13 @@ CASES = [
         prepare=flow(control_mode="pd_nothing"),
     ),
     bad("--gamma 1.5", r"must lie in \(0, 1\], found 1.5", *ONLINE, "--gamma", 1.5, prepare=flow()),
-    bad("--act_horizon", "--act_horizon is 8, but the flow in flow has 4", *ONLINE, "--act_horizon", 8, prepare=flow()),
+    bad("--act_horizon > T", "act_horizon must lie in 1..4", *ONLINE, "--act_horizon", 8, prepare=flow()),
+    bad(
+        "--act_horizon and a critic for another one",
+        "The critic scores chunks of 4 actions, but 2 of each chunk are executed: train one for act_horizon=2",
+        *(*OFFLINE, "--weighting", "candidates", "--act_horizon", 2),
+        prepare=flow(),
+    ),
     bad("--prior_mix_ratio 2", r"prior_mix must lie in \[0, 1\], found 2.0", *ONLINE, "--prior_mix_ratio", 2, prepare=flow()),
     bad(
         "no stage 1",

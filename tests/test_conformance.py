@@ -81,6 +81,9 @@ class Together(gym.Wrapper):
     def begin(self) -> None:
         """Nothing to prepare."""
 
+    def end(self) -> None:
+        """Nothing to let go of."""
+
     def step(self, actions: Any, observing: bool = True) -> Any:
         if isinstance(actions, dict):
             return {i: self.envs[i].env.step(action) for i, action in actions.items()}  # type: ignore[attr-defined]

@@ -160,11 +160,14 @@ def test_more_envs_than_a_stack_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     groups.close()
 
 
-def test_what_happens_between_chunks_is_seen() -> None:
-    """One env alone is reset, with its scene built anew, and a goal is moved."""
+def test_what_happens_between_chunks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody asks for an observation, one env alone is reset, with its scene built anew, and a goal is moved."""
+    monkeypatch.setattr(stack, "FIRST_CHECKS", 1)  # of a step whose observation is not seen
     groups, rng = Groups("PickCube-v1", 2), np.random.default_rng(0)
     groups.reset(3)
     groups.step(rng)
+    for i in range(2):
+        assert not list(differences(*(base.get_obs() for base in groups.bases(i))))
     for venv in (groups.plain, groups.together):
         venv.env_method("reset", seed=5, options={"reconfigure": True}, indices=[1])
     groups.step(rng)

@@ -23,6 +23,9 @@ class Together(Protocol):
     def begin(self) -> None:
         """A chunk begins; envs may have been reset since the last one."""
 
+    def end(self) -> None:
+        """A chunk is over, or has failed."""
+
     def step(self, actions: dict[int, np.ndarray], observing: bool) -> dict[int, tuple[Any, ...]]:
         """
         :param actions: (A,) of each env that takes part
@@ -65,17 +68,20 @@ class LockstepVecEnv(DummyVecEnv):
         envs: list[Any] = self.envs
         chunks = {i: env.chunk_steps(self.actions[i]) for i, env in enumerate(envs)}
         wanted = {i: next(chunk) for i, chunk in chunks.items()}
-        results = {}
+        results: dict[int, Any] = {}
         together.begin()
-        while wanted:
-            actions = {i: action for i, (action, _) in wanted.items()}
-            steps = together.step(actions, any(observing for _, observing in wanted.values()))
-            for i, step in steps.items():
-                try:
-                    wanted[i] = chunks[i].send(step)
-                except StopIteration as end:
-                    results[i] = end.value
-                    del wanted[i]
+        try:
+            while wanted:
+                actions = {i: action for i, (action, _) in wanted.items()}
+                steps = together.step(actions, any(observing for _, observing in wanted.values()))
+                for i, step in steps.items():
+                    try:
+                        wanted[i] = chunks[i].send(step)
+                    except StopIteration as end:
+                        results[i] = end.value
+                        del wanted[i]
+        finally:
+            together.end()
         return results
 
 

@@ -53,6 +53,7 @@ def may_stack(envs: Sequence[gym.Env]) -> bool:
     return (
         len(envs) > 1
         and kind in STACKED
+        and all(base.obs_mode == "state" for base in bases)
         and all(env.has_wrapper_attr("together") and _only_passed_on(env) for env in envs)
         and kind.step is BaseEnv.step
         and all(getattr(kind, name) is getattr(BaseEnv, name) for name in HOOKS)
@@ -102,6 +103,10 @@ class Stack:
             self._view = stacked(self.bases, self._moment)
         except NotStackable as error:
             self._give_up(str(error))
+
+    def end(self) -> None:
+        """Lets go of the scenes."""
+        self._view = None
 
     def step(self, actions: dict[int, np.ndarray], observing: bool) -> dict[int, tuple[Any, ...]]:
         """
@@ -161,6 +166,7 @@ class Stack:
                 results[i] = self._alone(i, action, observing)
             finally:
                 del self.bases[i]._step_action
+                self.envs[i].get_wrapper_attr("set_observing")(True)  # for those who ask between two chunks
         return results
 
     def _alone(self, i: int, action: np.ndarray, observing: bool) -> tuple[Any, ...]:
@@ -195,6 +201,11 @@ class Stacks:
         """See :meth:`Stack.begin`."""
         for stack in self.stacks.values():
             stack.begin()
+
+    def end(self) -> None:
+        """See :meth:`Stack.end`."""
+        for stack in self.stacks.values():
+            stack.end()
 
     def step(self, actions: dict[int, np.ndarray], observing: bool) -> dict[int, tuple[Any, ...]]:
         """See :meth:`Stack.step`."""

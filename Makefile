@@ -21,7 +21,7 @@ help:
 setup: $(STAMP)
 
 demo: setup
-	$(PY) examples/quickstart.py --seed $(SEED)
+	$(PY) examples/run_recipe.py PushCube-v1 --seed $(SEED) --demo_path examples/demos/PushCube-v1.h5 --output runs/quickstart
 
 bench: setup
 	$(PY) examples/benchmark/run.py

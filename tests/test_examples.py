@@ -48,22 +48,50 @@ def test_make_demos_refuses(tmp_path: Path, flags: tuple[object, ...], sentence:
     assert not list(tmp_path.iterdir())
 
 
+#: PushCube-v1's in small.
+RECIPE = """
+from dataclasses import replace
+from recipes.push_cube import RECIPE
+
+RECIPE = replace(
+    RECIPE,
+    flow=RECIPE.flow | dict(n_iterations=30),
+    critic_iterations=5,
+    n_envs=2,
+    rollout_episodes=4,
+    total_timesteps=2000,
+)
+"""
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """What a small quickstart wrote, and what it printed."""
+    """What a small recipe wrote, and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    small: tuple[object, ...] = ("--total-iters", 30, "--critic-iters", 5, "--rollout-episodes", 4, "--rollout-rounds", 2)
-    small += ("--n-envs", 2, "--num-eval-episodes", 4, "--total-timesteps", 2000, "--video-episodes", 1)
-    done = run("quickstart.py", "--output", folder, "--seed", 3, *small)
+    recipe = folder / "small.py"
+    recipe.write_text(RECIPE)
+    flags = ("--demo_path", EXAMPLES / "demos" / "PushCube-v1.h5", "--num_eval_episodes", 4, "--video_episodes", 1)
+    done = run("run_recipe.py", recipe, "--output", folder, "--seed", 3, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
+
+
+def test_a_recipe_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = run_script("run_recipe.py", "PushCub-v1", cwd=tmp_path)
+    assert done.returncode == 2 and "no recipe PushCub-v1; there is one for PushCube-v1" in done.stderr
+    path = tmp_path / "mine.py"
+    path.write_text("RECIPE = 1")
+    done = run_script("run_recipe.py", path, cwd=tmp_path)
+    assert done.returncode == 2 and "must define RECIPE, a recipes.recipe.Recipe; found int" in done.stderr
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.timeout(600)
 def test_quickstart(quickstart: tuple[Path, str]) -> None:
     folder, text = quickstart
     report = json.loads((folder / "report.json").read_text())
-    assert report.keys() == {"env_id", "seed", "env_steps", "wall_seconds", "rows"}
+    seconds = {"stage0_seconds", "stage2_seconds", "wall_seconds"}
+    assert report.keys() == {"env_id", "seed", "env_steps", "rows"} | seconds
     assert (report["env_id"], report["seed"]) == ("PushCube-v1", 3)
     assert 1000 <= report["env_steps"] <= 2000 + 2048
     names = [row["name"] for row in report["rows"]]

@@ -1,0 +1,36 @@
+"""What a recipe says about a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """
+    Settings of all stages for one task; what they leave out has the package's defaults.
+
+    :param env_id: ManiSkill task
+    :param demos: flags of ``make_demos.py``, such as ``num_demos``
+    :param flow: arguments of :func:`sb3_dsrl.train_flow`; ``act_horizon`` steps of each chunk are executed
+    :param spatial_features: features of where things are to each other, for state demos
+    :param critic_iterations: optimiser steps of the critic; 0 trains none
+    :param env: arguments of :func:`sb3_dsrl.make_latent_env`, such as ``max_episode_steps``
+    :param n_envs: simulated envs
+    :param rollout_episodes: stage 1 learns from so many episodes of the frozen flow
+    :param total_timesteps: budget of stages 1 and 2 in env steps
+    :param ppo: arguments of PPO that replace those of :func:`sb3_dsrl.ppo_kwargs`
+    """
+
+    env_id: str
+    flow: Mapping[str, Any]
+    total_timesteps: int
+    demos: Mapping[str, Any] = field(default_factory=dict)
+    spatial_features: bool = True
+    critic_iterations: int = 0
+    env: Mapping[str, Any] = field(default_factory=dict)
+    n_envs: int = 8
+    rollout_episodes: int = 256
+    ppo: Mapping[str, Any] = field(default_factory=dict)

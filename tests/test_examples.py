@@ -22,19 +22,8 @@ def run(script: str, *flags: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("control_mode", ["pd_joint_delta_pos", "pd_ee_delta_pose"])
 def test_make_demos(tmp_path: Path, control_mode: str) -> None:
     path = tmp_path / "demos.h5"
-    flags = (
-        "--expert",
-        "planner",
-        "--env-id",
-        "PickCube-v1",
-        "--num-demos",
-        2,
-        "--control-mode",
-        control_mode,
-        "--noise",
-        0.05,
-    )
-    done = run("make_demos.py", *flags, "--speedup", 2, "--trim-pauses", "--workers", 1, "--output", path)
+    flags = ("--env-id", "PickCube-v1", "--num-demos", 2, "--control-mode", control_mode, "--speedup", 2, "--noise", 0.05)
+    done = run("make_demos.py", *flags, "--expert", "planner", "--trim-pauses", "--workers", 1, "--output", path)
     assert done.returncode == 0, done.stderr
     demos = load_demos(path, control_mode=control_mode)
     assert (demos.env_id, len(demos.episodes)) == ("PickCube-v1", 2)

@@ -23,7 +23,7 @@ def run(script: str, *flags: object) -> subprocess.CompletedProcess[str]:
 def test_make_demos(tmp_path: Path, control_mode: str) -> None:
     path = tmp_path / "demos.h5"
     flags = ("--env-id", "PickCube-v1", "--num-demos", 2, "--control-mode", control_mode, "--speedup", 2, "--noise", 0.05)
-    done = run("make_demos.py", *flags, "--trim-pauses", "--output", path)
+    done = run("make_demos.py", *flags, "--expert", "planner", "--trim-pauses", "--workers", 1, "--output", path)
     assert done.returncode == 0, done.stderr
     demos = load_demos(path, control_mode=control_mode)
     assert (demos.env_id, len(demos.episodes)) == ("PickCube-v1", 2)

@@ -89,7 +89,7 @@ def prepare(task: Task, output: Path, smoke: bool) -> None:
     path = demo_path(task, output)
     if not path.is_file():
         flags = dict(task.demo_flags, env_id=task.env_id, max_episode_steps=task.max_episode_steps, output=path)
-        command = [sys.executable, str(EXAMPLES / "make_demos.py"), "--trim-pauses"]
+        command = [sys.executable, str(EXAMPLES / "make_demos.py"), "--expert", "planner", "--trim-pauses"]
         for key, value in flags.items():
             command += [f"--{key.replace('_', '-')}", str(value)]
         subprocess.run(command, check=True)

@@ -1,0 +1,16 @@
+"""Scripted experts that solve ManiSkill tasks in closed loop, and how episodes of theirs become a demo file."""
+
+from experts.expert import Expert
+from experts.lift_peg_upright import LiftPegUpright
+from experts.peg_insertion_side import PegInsertionSide
+from experts.pick_cube import PickCube
+from experts.push_cube import PushCube
+from experts.stack_cube import StackCube
+
+EXPERTS: dict[str, type[Expert]] = {
+    "LiftPegUpright-v1": LiftPegUpright,
+    "PegInsertionSide-v1": PegInsertionSide,
+    "PickCube-v1": PickCube,
+    "PushCube-v1": PushCube,
+    "StackCube-v1": StackCube,
+}

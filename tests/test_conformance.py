@@ -23,6 +23,7 @@ from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from sb3_dsrl.envs.workers import ProcessWorker, WorkerSettings
 from sb3_dsrl.policies.diffusion import DiffusionPolicy
 from sb3_dsrl.steering.batched import BatchedChunkEnv
+from sb3_dsrl.steering.lockstep import LockstepVecEnv
 from tests.envs import BatchedScriptedEnv, ScriptedEnv, gym_steered, scripted, tiny_flow, vec_steered
 from tests.vector_sims import ScriptedEnvPool, TorchVectorEnv
 
@@ -68,10 +69,39 @@ def vectorised(vector_class: type, scripts: list[Script]) -> gym.vector.VectorEn
     return vector_class([lambda script=script: envs_of([script])[0] for script in scripts], autoreset_mode="Disabled")
 
 
+class Together(gym.Wrapper):
+    """An env that takes its steps together with others."""
+
+    works = True
+
+    def together(self, envs: list[gym.Env]) -> "Together":
+        self.envs = envs
+        return self
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def end(self) -> None:
+        """Nothing to let go of."""
+
+    def step(self, actions: Any, observing: bool = True) -> Any:
+        if isinstance(actions, dict):
+            return {i: self.envs[i].env.step(action) for i, action in actions.items()}  # type: ignore[attr-defined]
+        raise AssertionError("this env is not stepped alone")
+
+
+def side_by_side(flow: FlowPolicy, scripts: list[Script], **chunk_kwargs: Any) -> VecEnv:
+    def make(script: Script) -> gym.Env:
+        return ActionChunkWrapper(Together(envs_of([script])[0]), flow.act_horizon, flow.obs_horizon, **chunk_kwargs)
+
+    return VecLatentSteering(LockstepVecEnv([lambda script=script: make(script) for script in scripts]), flow)
+
+
 #: ``make(flow, scripts, **chunk_kwargs)``
 FORMS: dict[str, Callable[..., VecEnv]] = {
     "gym form": lambda flow, scripts, **kwargs: gym_steered(flow, envs_of(scripts), **kwargs),
     "vec form": lambda flow, scripts, **kwargs: vec_steered(flow, envs_of(scripts), **kwargs),
+    "side by side": side_by_side,
     "worker processes": with_workers(ProcessWorker),
     "Ray actors": with_workers(RayWorker),
     "batched": on(lambda scripts: BatchedScriptedEnv(envs_of(scripts))),

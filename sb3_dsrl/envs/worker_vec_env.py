@@ -117,7 +117,7 @@ class WorkerVecEnv(VecEnv):
         return self._on("env_is_wrapped", (wrapper_class,), {}, indices)
 
     def _on(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], indices: VecEnvIndices) -> list[Any]:
-        """Calls a method of the workers' DummyVecEnvs for some of the envs; the results in the order of the indices."""
+        """Calls a method of the workers' LockstepVecEnvs for some of the envs; the results in the order of the indices."""
         wanted = list(self._get_indices(indices))
         local = [[j - part.start for j in wanted if part.start <= j < part.stop] for part in self._slices]
         asked = [i for i, own in enumerate(local) if own]

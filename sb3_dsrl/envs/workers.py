@@ -17,8 +17,10 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv
+from stable_baselines3.common.vec_env import CloudpickleWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
+
+from sb3_dsrl.steering.lockstep import LockstepVecEnv
 
 EnvFn = Callable[[], gym.Env]
 
@@ -36,7 +38,7 @@ class WorkerError(RuntimeError):
 
 class EnvGroup:
     """
-    What a worker holds: several envs in one process, stepped one after the other.
+    What a worker holds: several envs in one process.
 
     :param env_fns: make the envs
     :param hide_gpu: a CUDA context costs each worker hundreds of MB; only envs that render on the GPU need one
@@ -48,7 +50,7 @@ class EnvGroup:
         th.set_num_threads(1)  # one worker a core: their threads would only fight
         # ManiSkill collects garbage whenever it builds a scene, some tasks at every reset: 0.2 s if it searched libraries.
         gc.freeze()
-        self._envs = DummyVecEnv(list(env_fns))
+        self._envs = LockstepVecEnv(env_fns)
 
     def reset(self, seeds: list[int | None], options: list[dict[str, Any]]) -> tuple[VecEnvObs, list[dict[str, Any]]]:
         """Starts an episode in every env."""
@@ -63,7 +65,7 @@ class EnvGroup:
         return (*self._envs.step(actions), self._envs.reset_infos)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Calls a method of the group's ``DummyVecEnv``."""
+        """Calls a method of the group's ``LockstepVecEnv``."""
         return getattr(self._envs, name)(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Generator
 from typing import Any
 
 import gymnasium as gym
@@ -114,6 +115,23 @@ class ActionChunkWrapper(gym.Wrapper):
         :param chunk: (H, A), in [-1, 1]
         :return: observation (obs_horizon, D), or a dict of such; macro reward, terminated, truncated, info
         """
+        steps = self.chunk_steps(chunk)
+        action, observing = next(steps)
+        while True:
+            self._set_observing(observing)
+            try:
+                action, observing = steps.send(self.env.step(action))
+            except StopIteration as end:
+                return end.value
+
+    def chunk_steps(self, chunk: np.ndarray) -> Generator[tuple[np.ndarray, bool], tuple[Any, ...], tuple[Any, ...]]:
+        """
+        The env steps of a chunk, whoever takes them: :meth:`step`, or somebody who steps several envs together.
+
+        :param chunk: (H, A), in [-1, 1]
+        :return: yields each action (A,), and whether the frame after it is seen; is sent what the ``step`` of the env
+            returned; returns what :meth:`step` returns
+        """
         if np.shape(chunk) != self.action_space.shape:
             raise ValueError(f"A chunk must have shape (H, A) = {self.action_space.shape}, found {np.shape(chunk)}")
         actions = self._scale(np.asarray(chunk))
@@ -123,8 +141,7 @@ class ActionChunkWrapper(gym.Wrapper):
         whole = self.ignore_terminations and not self.cut_at_time_limit
         first_seen = self.act_horizon - self.obs_horizon if whole else 0
         for action in actions.astype(self._action_dtype):
-            self._set_observing(k >= first_seen)
-            obs, reward, ended, timed_out, info = self.env.step(action)
+            obs, reward, ended, timed_out, info = yield action, k >= first_seen
             self._steps += 1
             self._check_finite("reward", reward)
             macro_reward += self.gamma**k * float(reward)

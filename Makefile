@@ -30,7 +30,7 @@ test: setup
 	$(PY) -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
 
 identity: setup
-	$(PY) -m pytest -q -rs -n logical -m exhaustive tests/test_fast.py
+	$(PY) -m pytest -q -rs -n logical -m exhaustive tests/test_fast.py tests/test_stack.py
 
 faults: setup
 	$(PY) -m tests.faults

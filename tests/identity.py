@@ -68,8 +68,7 @@ class Pair:
     def hold(self) -> None:
         """Puts the object between the fingers."""
         for base in self.bases:
-            pose = _pose(base.agent.tcp.pose.p + th.tensor([0, 0, 0.03]))
-            getattr(base, str(self.object)).set_pose(pose)
+            hold(base, str(self.object))
 
     def win(self) -> None:
         """Puts the objects where the task wants them."""
@@ -108,11 +107,19 @@ class Pair:
             different = list(differences(*found))
             assert not different, f"{name} of {what}: {'; '.join(different)}"
         if self.object is not None:
-            base = self.bases[1]
-            touched = contacts_of(base.scene.px.get_contacts(), getattr(base, self.object)._bodies[0].entity)
-            fingers = (base.agent.finger1_link, base.agent.finger2_link)
-            self.contacts += any(link._bodies[0].entity in touched for link in fingers)
+            self.contacts += touched(self.bases[1], self.object)
         return results[1]
+
+
+def hold(base: Any, name: str) -> None:
+    """Puts an object between the fingers."""
+    getattr(base, name).set_pose(_pose(base.agent.tcp.pose.p + th.tensor([0, 0, 0.03])))
+
+
+def touched(base: Any, name: str) -> bool:
+    """Whether a finger touches an object."""
+    found = contacts_of(base.scene.px.get_contacts(), getattr(base, name)._bodies[0].entity)
+    return any(link._bodies[0].entity in found for link in (base.agent.finger1_link, base.agent.finger2_link))
 
 
 def state(base: Any) -> dict[str, Any]:

@@ -125,15 +125,27 @@ def test_pose_arithmetic_is_equal() -> None:
             for fast in fasts:
                 assert isinstance(fast, FastPose)
                 assert plain.raw_pose.numpy().tobytes() == fast.raw_pose.numpy().tobytes()
-    many = Pose(th.randn(3, 7))
-    for plain, fast in ((a * many, fast_a * many), (many * a, many * fast_a), (many.inv(), FastPose(many.raw_pose).inv())):
-        assert th.equal(plain.raw_pose, fast.raw_pose)
+    for i in range(600):
+        numbers = rng.normal(size=(2, 3, 7)).astype(np.float32) if i % 3 else rng.choice(special, (2, 3, 7))
+        many, others = (Pose(th.tensor(rows)) for rows in numbers)
+        fast_many, fast_others = FastPose(many.raw_pose.clone()), FastPose(others.raw_pose.clone())
+        for plain, fasts in (
+            (many * others, (fast_many * fast_others, fast_many * others, many * fast_others)),
+            (a * many, (fast_a * many, a * fast_many)),
+            (many * a, (many * fast_a, fast_many * a)),
+            (many * a.sp, (fast_many * a.sp,)),
+            (many.inv(), (fast_many.inv(),)),
+        ):
+            for fast in fasts:
+                assert isinstance(fast, FastPose)
+                assert plain.raw_pose.numpy().tobytes() == fast.raw_pose.numpy().tobytes()
 
 
-def test_matrices_are_equal() -> None:
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_matrices_are_equal(n: int) -> None:
     rng = np.random.default_rng(0)
     for _ in range(600):
-        pose = Pose(th.tensor(rng.normal(size=(1, 7)).astype(np.float32)))
+        pose = Pose(th.tensor(rng.normal(size=(n, 7)).astype(np.float32)))
         expected, found = rotations.quaternion_to_matrix(pose.q), rotation_matrix(pose)
         assert expected.numpy().tobytes() == found.numpy().tobytes() and expected.stride() == found.stride()
 

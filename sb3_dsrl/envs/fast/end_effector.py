@@ -12,7 +12,7 @@ from mani_skill.agents.controllers.utils.kinematics import Kinematics
 from mani_skill.utils.geometry import rotation_conversions as rotations
 from mani_skill.utils.structs import Pose
 
-from sb3_dsrl.envs.fast.poses import empty_pose, quaternion_product, standardized
+from sb3_dsrl.envs.fast.poses import empty_poses, quaternion_product, standardized
 
 #: The frame that :func:`moved_pose` is for; the one that ManiSkill's robots use.
 FRAME = "root_translation:root_aligned_body_rotation"
@@ -32,7 +32,7 @@ def moved_pose(previous: Pose, action: th.Tensor) -> Pose:
     """
     # Sines, cosines and products of matrices stay torch's: NumPy's differ in the last bit.
     matrix = rotations.euler_angles_to_matrix(action[:, 3:6], "XYZ")
-    pose, array = empty_pose()
+    pose, array = empty_poses(1)
     before = previous.raw_pose.numpy()[0]
     np.add(before[:3], action.numpy()[0, :3], out=array[:3])
     array[3:] = standardized(quaternion_product(matrix_to_quaternion(matrix), before[3:]))

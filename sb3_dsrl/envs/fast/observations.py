@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 
+from sb3_dsrl.envs.fast.stack import Stacks, may_stack
 from sb3_dsrl.envs.fast.wrappers import CHAIN, wrapper_types
 
 
@@ -46,6 +48,15 @@ class ObserveOnDemand(gym.Wrapper):
         :param observing: whether the next observations are seen
         """
         self._observing = observing
+
+    @staticmethod
+    def together(envs: Sequence[gym.Env]) -> Stacks | None:
+        """
+        How envs of one process take their steps together; see :class:`~sb3_dsrl.steering.lockstep.LockstepVecEnv`.
+
+        :param envs: with this wrapper or not
+        """
+        return Stacks(envs) if may_stack(envs) else None
 
     def _obs(self, *args: Any, **kwargs: Any) -> Any:
         """Stands for ``BaseEnv.get_obs``."""

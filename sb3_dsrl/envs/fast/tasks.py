@@ -21,7 +21,7 @@ def speed_up_task(base: BaseEnv) -> None:
     """
     for plain, make in SHORTCUTS.items():
         if getattr(type(base), plain.__name__, None) is plain:
-            setattr(base, plain.__name__, make(base))
+            vars(base)[plain.__name__] = make(base)
 
 
 def push_cube_success(base: PushCubeEnv) -> Callable[[], dict[str, Any]]:

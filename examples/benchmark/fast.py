@@ -1,24 +1,26 @@
-"""ManiSkill on the CPU at its own speed, with the shortcuts of envs/fast, and the physics alone."""
+"""ManiSkill on the CPU at its own speed, with the shortcuts of envs/fast, several envs together, and the physics alone."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from benchmark.measuring import Args, H
-from sb3_dsrl import make_chunk_env
+from benchmark.measuring import Args, H, side_by_side
+from sb3_dsrl import WorkerSettings, make_chunk_env
 
 CONTROL_MODES = ("pd_joint_delta_pos", "pd_ee_delta_pose")
 REWARD_MODES = ("normalized_dense", "sparse")
 CHUNKS = 13  # two episodes of most tasks, and their resets
+STACK = 4  # envs in one process
 
 
 def bench_fast(args: Args) -> dict[str, Any]:
     """
     One env in this process, chunks of H random actions, resets included: env steps per second of ManiSkill's own stepping,
     of the fast one, and of one that would cost nothing but physics. Each ratio is the median over repeats in which they take
-    turns.
+    turns. ``stacked_ratio`` is of ``STACK`` envs in one worker process, which are evaluated together.
     """
     rows = [
         _compare(args, env_id, control_mode, reward_mode)
@@ -35,8 +37,37 @@ def bench_fast(args: Args) -> dict[str, Any]:
         "fast_ratio": ratios("fast_ratio", "normalized_dense"),
         "fast_ratio_sparse": ratios("fast_ratio", "sparse"),
         "physics_ratio": ratios("physics_ratio", "normalized_dense"),
+        "stacked_ratio": {env_id: _stacked_ratio(args, env_id) for env_id in args.fast_tasks},
         "fast": rows,
     }
+
+
+def _stacked_ratio(args: Args, env_id: str) -> float:
+    def stepper(fast: bool) -> tuple[VecEnv, Callable[[], None]]:
+        kwargs: dict[str, Any] = dict(control_mode=CONTROL_MODES[0], workers=WorkerSettings(1))
+        env = make_chunk_env(env_id, STACK, act_horizon=H, fast=fast, **kwargs)
+        chunks = random_chunks(env)
+
+        def play() -> None:
+            env.seed(0)
+            env.reset()
+            for chunk in chunks:
+                env.step(chunk)
+
+        return env, play
+
+    (plain, play_plain), (stacked, play_stacked) = stepper(False), stepper(True)
+    timed = side_by_side({"plain": play_plain, "stacked": play_stacked}, args.repeats)
+    plain.close()
+    stacked.close()
+    print({"env": env_id, "envs": STACK, "stacked_ratio": round(timed["plain"] / timed["stacked"], 2)}, flush=True)
+    return timed["plain"] / timed["stacked"]
+
+
+def random_chunks(env: VecEnv) -> np.ndarray:
+    """Actions for ``CHUNKS`` macro-steps, (CHUNKS, N, H, A)."""
+    shape = (CHUNKS, env.num_envs, *(env.action_space.shape or ()))
+    return np.random.default_rng(0).normal(0, 0.3, shape).clip(-1, 1).astype(np.float32)
 
 
 class _Stepper:
@@ -46,8 +77,7 @@ class _Stepper:
         env = make_chunk_env(env_id, act_horizon=H, fast=fast, **kwargs)
         assert isinstance(env, DummyVecEnv)
         self.env = env
-        shape = (CHUNKS, 1, *(env.action_space.shape or ()))
-        self._chunks = np.random.default_rng(0).normal(0, 0.3, shape).clip(-1, 1).astype(np.float32)
+        self._chunks = random_chunks(env)
         self._scene: Any = None
         self._physics = 0.0
 

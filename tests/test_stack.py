@@ -107,10 +107,10 @@ def play(groups: Groups, rounds: int, chunks: int, seed: int) -> int:
     groups.reset(seed)
     for episode in range(rounds):
         before = groups.touched.copy()
-        for i in range(groups.n):
-            if (i + episode) % 2:
-                groups.hold(i)
         for t in range(chunks):
+            for i in range(groups.n):
+                if (i + episode) % 2 and t < 6:  # again while the fingers close, since objects fall
+                    groups.hold(i)
             assert groups.step(rng)[2].all() == (t == chunks - 1)
         contact += int((groups.touched > before).sum())
     assert groups.stack.works

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from experts import EXPERTS
 from experts.attempts import Part, join_parts, open_parts, run_attempts
-from experts.recipe import Recipe
+from experts.recipe import DemoRecipe
 from tqdm import tqdm
 
 from sb3_dsrl.utils.integrity import write_sums
@@ -32,7 +32,7 @@ from sb3_dsrl.utils.interrupt import Interrupted, StopSignals
 
 
 @dataclass(kw_only=True)
-class Args(Recipe):
+class Args(DemoRecipe):
     """Demonstrations from scripted experts or ManiSkill's motion planner, in ManiSkill's trajectory format."""
 
     output: Path
@@ -59,7 +59,7 @@ def check_expert(args: Args) -> None:
         if args.env_id not in EXPERTS:
             fail(f"no scripted expert for --env-id {args.env_id}; there is one for: {', '.join(EXPERTS)}.")
         for flag in ("speedup", "trim_pauses"):
-            if getattr(args, flag) != getattr(Recipe(), flag):
+            if getattr(args, flag) != getattr(DemoRecipe(), flag):
                 fail(f"--{flag.replace('_', '-')} is for plans; add --expert planner, or leave it out.")
         styles = EXPERTS[args.env_id].styles
         if not 1 <= args.styles <= len(styles):
@@ -118,7 +118,7 @@ def check_args(args: Args) -> None:
         fail(f"--output is {args.output}; it must name a file that ends in .h5.")
 
 
-def record(args: Args, recipe: Recipe, folder: Path) -> tuple[list[Part], int, int, str]:
+def record(args: Args, recipe: DemoRecipe, folder: Path) -> tuple[list[Part], int, int, str]:
     """
     Attempts until there are enough demos, or no more may be made.
 
@@ -150,7 +150,7 @@ def record(args: Args, recipe: Recipe, folder: Path) -> tuple[list[Part], int, i
     return kept, attempts, successes, complaint
 
 
-def about(args: Args, recipe: Recipe) -> dict[str, Any]:
+def about(args: Args, recipe: DemoRecipe) -> dict[str, Any]:
     """What the JSON says about the source of the demos."""
     flags = ["--num-demos", str(args.num_demos)]
     for field in fields(recipe):
@@ -167,7 +167,7 @@ def about(args: Args, recipe: Recipe) -> dict[str, Any]:
 
 def main(args: Args) -> None:
     check_args(args)
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
+    recipe = DemoRecipe(**{field.name: getattr(args, field.name) for field in fields(DemoRecipe)})
     folder = args.output.with_suffix(".parts")
     try:
         open_parts(folder, recipe)

@@ -41,7 +41,7 @@ def module(name: str) -> Any:
 
 
 def attempts(n: int, **flags: Any) -> list[Any]:
-    demonstrator = module("scripted").Scripted(module("recipe").Recipe(**flags))
+    demonstrator = module("scripted").Scripted(module("recipe").DemoRecipe(**flags))
     found = []
     for seed in range(n):
         if seed % module("attempts").BLOCK == 0:
@@ -96,7 +96,7 @@ def test_joints_that_reach_their_bounds_are_helped_by_the_others() -> None:
 
 @pytest.mark.parametrize("obs_mode", ["state", "state_dict"])
 def test_records_what_maniskill_records(tmp_path: Path, obs_mode: str) -> None:
-    recipe = module("recipe").Recipe(env_id="PickCube-v1", obs_mode=obs_mode)
+    recipe = module("recipe").DemoRecipe(env_id="PickCube-v1", obs_mode=obs_mode)
     ours = module("recording").make_recorded_env(recipe)
     kwargs: dict[str, Any] = dict(obs_mode=obs_mode, reward_mode="normalized_dense", control_mode="pd_joint_delta_pos")
     kwargs |= dict(render_backend="none", sim_backend="physx_cpu", num_envs=1)
@@ -159,14 +159,14 @@ def test_demos_load_and_say_what_they_are(demos: Path) -> None:
 
 def test_layout_of_the_state(demos: Path) -> None:
     with h5py.File(demos) as file:
-        layout = json.loads(file.attrs["state_layout"])
         obs, state = file["traj_0/obs"][()], file["traj_0/env_states/actors/cube"][()]
+    layout = load_demos(demos).state_layout
     assert layout == [
-        ["agent/qpos", 9],
-        ["agent/qvel", 9],
-        ["extra/tcp_pose", 7],
-        ["extra/goal_pos", 3],
-        ["extra/obj_pose", 7],
+        ("agent/qpos", 9),
+        ("agent/qvel", 9),
+        ("extra/tcp_pose", 7),
+        ("extra/goal_pos", 3),
+        ("extra/obj_pose", 7),
     ]
     assert sum(size for _, size in layout) == obs.shape[1]
     np.testing.assert_array_equal(obs[:, -7:], state[:, :7])

@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import torch as th
 
-from experts.recipe import Attempt, Demonstrator, Recipe
+from experts.recipe import Attempt, Demonstrator, DemoRecipe
 from sb3_dsrl.utils.checkpoint import atomic_file
 
 #: Attempts that are made one after the other in a scene that was built for them. PhysX keeps caches over resets, so that an
@@ -50,7 +50,7 @@ class Part:
     complaint: str
 
 
-def make_demonstrator(recipe: Recipe) -> Demonstrator:
+def make_demonstrator(recipe: DemoRecipe) -> Demonstrator:
     """
     :param recipe: whose ``expert`` is decided
     """
@@ -64,7 +64,7 @@ def make_demonstrator(recipe: Recipe) -> Demonstrator:
     return Planned(recipe)
 
 
-def open_parts(folder: Path, recipe: Recipe) -> None:
+def open_parts(folder: Path, recipe: DemoRecipe) -> None:
     """
     Makes the folder of the parts, or goes on with the one that is there.
 
@@ -87,7 +87,7 @@ def open_parts(folder: Path, recipe: Recipe) -> None:
         file.write(json.dumps(wanted).encode())
 
 
-def run_attempts(recipe: Recipe, folder: Path, n_attempts: int, workers: int) -> Generator[Part, None, None]:
+def run_attempts(recipe: DemoRecipe, folder: Path, n_attempts: int, workers: int) -> Generator[Part, None, None]:
     """
     Makes the attempts whose files are not there yet, and yields all in their order. A consumer that has had enough closes the
     iterator.
@@ -104,7 +104,7 @@ def run_attempts(recipe: Recipe, folder: Path, n_attempts: int, workers: int) ->
             yield from read_parts(path, n_attempts)
 
 
-def in_this_process(recipe: Recipe, paths: list[Path]) -> Generator[Path, None, None]:
+def in_this_process(recipe: DemoRecipe, paths: list[Path]) -> Generator[Path, None, None]:
     """
     :param recipe: of the attempts
     :param paths: of the blocks; those that are there are not made again
@@ -117,7 +117,7 @@ def in_this_process(recipe: Recipe, paths: list[Path]) -> Generator[Path, None, 
         yield path
 
 
-def in_workers(recipe: Recipe, paths: list[Path], workers: int) -> Generator[Path, None, None]:
+def in_workers(recipe: DemoRecipe, paths: list[Path], workers: int) -> Generator[Path, None, None]:
     """
     :param recipe: of the attempts
     :param paths: of the blocks; those that are there are not made again
@@ -142,10 +142,10 @@ def in_workers(recipe: Recipe, paths: list[Path], workers: int) -> Generator[Pat
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Demonstrator, Recipe, Event] | None = None  # of this process, if it is one
+_worker: tuple[Demonstrator, DemoRecipe, Event] | None = None  # of this process, if it is one
 
 
-def start_worker(recipe: Recipe, stop: Event) -> None:
+def start_worker(recipe: DemoRecipe, stop: Event) -> None:
     """
     Makes this process a worker: it leaves Ctrl-C to the main process, and ends when that one is gone.
 
@@ -170,7 +170,7 @@ def worker_block(path: Path, index: int) -> None:
     make_block(demonstrator, recipe, path, index, stop.is_set)
 
 
-def make_block(demonstrator: Demonstrator, recipe: Recipe, path: Path, index: int, stopped: Callable[[], bool]) -> None:
+def make_block(demonstrator: Demonstrator, recipe: DemoRecipe, path: Path, index: int, stopped: Callable[[], bool]) -> None:
     """
     Makes the attempts of a block; its file is complete or not there.
 
@@ -254,8 +254,5 @@ def join_parts(parts: list[Part], path: Path, about: dict[str, Any]) -> None:
             del attributes[ABOUT]
             if "style" in episodes[-1]:
                 attributes["style"] = episodes[-1]["style"]
-        layout = common.pop("state_layout")
-        if layout is not None:
-            file.attrs["state_layout"] = json.dumps(layout)
     with closing(path.with_suffix(".json").open("w")) as text:
         json.dump(common | dict(episodes=episodes) | about, text, indent=2)

@@ -17,7 +17,7 @@ import numpy as np
 import sapien
 from transforms3d.euler import quat2euler
 
-from experts.recipe import ARM_JOINTS, Attempt, Recipe, smooth_noise
+from experts.recipe import ARM_JOINTS, Attempt, DemoRecipe, smooth_noise
 from experts.recording import make_recorded_env
 
 CONTROL_MODES: tuple[str, ...] = ("pd_ee_delta_pose", "pd_joint_delta_pos", "pd_joint_pos")
@@ -51,7 +51,7 @@ class Planned:
     :param recipe: of the attempts
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: DemoRecipe) -> None:
         self.recipe, self.solve = recipe, solutions()[recipe.env_id]
         self.plan_env = PlanRecorder(
             gym.make(
@@ -180,7 +180,7 @@ class Tracker:
         return clipped
 
 
-def replay(env: gym.Env, tracker: Tracker, waypoints: np.ndarray, noise: Iterator[np.ndarray], recipe: Recipe) -> bool:
+def replay(env: gym.Env, tracker: Tracker, waypoints: np.ndarray, noise: Iterator[np.ndarray], recipe: DemoRecipe) -> bool:
     """Track the waypoints in an env that was just reset.
 
     :return: whether the episode ended in success

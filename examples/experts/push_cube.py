@@ -6,7 +6,7 @@ import sapien
 from experts.expert import CLOSED, Expert, Goal, Style
 
 BEHIND = 0.035  # m from the centre of the cube to the closed fingers that push it
-AHEAD = 0.03  # m that the fingers aim at beyond the cube's back while they push
+AHEAD = 0.03  # m that the fingers aim at ahead of themselves; less in the end, or the cube would slide on
 
 
 class PushCube(Expert):
@@ -25,7 +25,8 @@ class PushCube(Expert):
         closing = np.array([0.0, 1.0, 0.0])
         off = region[:2] - cube[:2]
         distance = float(np.linalg.norm(off))
-        if distance < self.base.goal_radius - self.style.along:  # far enough
+        left = distance - (self.base.goal_radius - self.style.along)
+        if left < 0:  # far enough
             return Goal(sapien.Pose(tcp.p - np.array([0.02, 0.0, 0.0]), tcp.q), CLOSED)
         forward = np.append(off / distance, 0.0)
         start = cube - BEHIND * forward
@@ -33,5 +34,5 @@ class PushCube(Expert):
         aside = gap - (gap @ forward) * forward
         grasp = self.grasp_from_above(start, closing)
         if np.linalg.norm(aside) < 0.015 and gap @ forward < 0.02:  # in line, and close behind it
-            return Goal(sapien.Pose(tcp.p + aside + AHEAD * forward, grasp.q), CLOSED)
+            return Goal(sapien.Pose(tcp.p + aside + min(AHEAD, 0.01 + 0.3 * left) * forward, grasp.q), CLOSED)
         return Goal(self.way_to(grasp, clearance=0.05, tolerance=0.02), CLOSED)

@@ -12,7 +12,7 @@ ARM_JOINTS = 7  # of the Panda; what follows in an action is the gripper
 
 
 @dataclass(kw_only=True)
-class Recipe:
+class DemoRecipe:
     """Flags that decide what attempt i is."""
 
     env_id: str = "PushCube-v1"
@@ -58,7 +58,7 @@ class Attempt:
     :param complaint: what went wrong
     :param episode: what a trajectory file says about the episode in its JSON; None if there was no episode
     :param arrays: what it holds of it in HDF5, nested dicts of arrays
-    :param file: what it says about all of its episodes: ``env_info``, ``commit_info``, ``state_layout``
+    :param file: what it says about all of its episodes: ``env_info``, ``commit_info`` and, of flat states, ``state_layout``
     """
 
     success: bool

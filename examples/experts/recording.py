@@ -14,11 +14,12 @@ from mani_skill.utils import gym_utils
 from mani_skill.utils.wrappers import CPUGymWrapper
 from mani_skill.utils.wrappers.record import parse_env_info
 
-from experts.recipe import Attempt, Recipe
+from experts.recipe import Attempt, DemoRecipe
 from sb3_dsrl.envs.fast import make_fast, wants_fast
+from sb3_dsrl.envs.state_layout import layout_of
 
 
-def make_recorded_env(recipe: Recipe) -> Recorder:
+def make_recorded_env(recipe: DemoRecipe) -> Recorder:
     """
     :param recipe: of the attempts
     :return: one CPU env, as fast as it gets, whose episodes are recorded
@@ -109,33 +110,10 @@ class Recorder(gym.Wrapper):
     def file(self) -> dict[str, Any]:
         """What is the same for all episodes of this env."""
         env_info: dict[str, Any] = parse_env_info(self.env)
-        return dict(
-            env_info=env_info | dict(max_episode_steps=self.max_episode_steps),
-            commit_info=get_commit_info(),
-            state_layout=state_layout(self.base),
-        )
-
-
-def state_layout(base: Any) -> list[tuple[str, int]] | None:
-    """
-    What stands where in a flat state observation.
-
-    :param base: the unwrapped ManiSkill env, after a reset
-    :return: paths and sizes such as ``("extra/tcp_pose", 7)``, in their order; None if observations are no flat states
-    """
-    if base.obs_mode != "state":
-        return None
-    pairs: list[tuple[str, int]] = []
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{path}/{key}" if path else key)
-        else:
-            pairs.append((path, int(np.prod(np.shape(node)[1:], dtype=int))))
-
-    walk(base._get_obs_state_dict(base.get_info()), "")
-    return pairs
+        about = dict(env_info=env_info | dict(max_episode_steps=self.max_episode_steps), commit_info=get_commit_info())
+        if self.base.obs_mode == "state":
+            about["state_layout"] = layout_of(self.base._get_obs_state_dict(self.base.get_info()))
+        return about
 
 
 def copied(value: Any, batched: bool = False) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from experts import EXPERTS
-from experts.recipe import Attempt, Recipe, smooth_noise
+from experts.recipe import Attempt, DemoRecipe, smooth_noise
 from experts.recording import make_recorded_env
 from experts.servo import Servo
 
@@ -17,7 +17,7 @@ class Scripted:
     :param recipe: of the attempts
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: DemoRecipe) -> None:
         self.recipe, self.expert = recipe, EXPERTS[recipe.env_id]
         self.noise = self.expert.noise if recipe.noise is None else recipe.noise
         self.env = make_recorded_env(recipe)

@@ -35,11 +35,18 @@ def state_layout(env_id: str, control_mode: str | None = None, **env_kwargs: Any
             obs, _ = env.reset(seed=0)
     finally:
         env.close()
+    return layout_of(obs)
+
+
+def layout_of(obs: Any) -> StateLayout:
+    """
+    :param obs: of ``obs_mode="state_dict"``, batched
+    :return: name and size of each part, in the order in which ManiSkill's ``flatten_state_dict`` joins them
+    """
     return list(_parts("", obs))
 
 
 def _parts(prefix: str, obs: Any) -> Iterator[tuple[str, int]]:
-    """In the order in which ManiSkill's ``flatten_state_dict`` joins them."""
     for name, value in obs.items():
         if isinstance(value, dict):
             yield from _parts(f"{prefix}{name}/", value)

@@ -31,6 +31,7 @@ from sb3_dsrl import (
     collect_rollouts,
     demo_transitions,
     evaluate,
+    find_ticket,
     load_demos,
     make_latent_env,
     ppo_kwargs,
@@ -93,9 +94,12 @@ def plot(path: Path, title: str, curve: SuccessEvalCallback, rows: dict[str, Eva
     ):
         axes.plot(steps, [r.success_at_end for r in results], color=colour, marker="o", ms=3, label=label)
         axes.fill_between(steps, [r.ci_low for r in results], [r.ci_high for r in results], color=colour, alpha=0.15, lw=0)
-    for name, label, style in (("prior", "frozen flow, w ~ N(0, I)", "--"), ("zero", "frozen flow, w = 0", ":")):
-        row = rows[name]
-        axes.axhline(row.success_at_end, color="0.3", ls=style, lw=1.2, label=label)
+    for name, label, style in (
+        ("prior", "frozen flow, w ~ N(0, I)", "--"),
+        ("zero", "frozen flow, w = 0", ":"),
+        ("ticket", "frozen flow, best fixed w", "-."),
+    ):
+        axes.axhline(rows[name].success_at_end, color="0.3", ls=style, lw=1.2, label=label)
     axes.axhspan(rows["prior"].ci_low, rows["prior"].ci_high, color="0.3", alpha=0.1, lw=0)
     axes.set(xlabel="env steps, those of stage 1 included", ylabel="success at the end of the episode", ylim=(-0.02, 1.02))
     axes.set_title(title, fontsize=10)
@@ -140,14 +144,16 @@ def main(args: Args) -> None:
     eval_env = make_latent_env(recipe.env_id, flow, recipe.n_envs, **recipe.env)
     rows: dict[str, EvalResult] = {}
 
-    def add_row(name: str, actor: PPO | str, deterministic: bool = True) -> None:
+    def add_row(name: str, actor: Actor, deterministic: bool = True) -> None:
         episodes = args.num_eval_episodes
-        rows[name] = evaluate(
+        row = rows[name] = evaluate(
             actor, eval_env, episodes, name=name, seed=EVAL_SEED, deterministic=deterministic, progress_bar=True
         )
+        print(f"{name}: success at the end {row.success_at_end:.2f} ({row.ci_low:.2f} to {row.ci_high:.2f})", flush=True)
 
     add_row("prior", "prior")
     add_row("zero", "zero")
+    add_row("ticket", find_ticket(eval_env, rounds=recipe.ticket_rounds, seed=args.seed, progress_bar=True).w)
 
     # Stage 1: which noises went well? No gradient ever reaches the flow.
     model = PPO("LatentPolicy", env, **ppo_kwargs(env, **recipe.ppo), seed=args.seed, tensorboard_log=str(log))

@@ -49,6 +49,8 @@ class Args(TrainingArgs):
     spatial_features: bool = True
     """State demos: with features of where things are to each other. The demos say what their state is made of, or else the
     task is made once and asked."""
+    normalize_actions: bool = True
+    """Let the network see actions with mean 0 and std 1, which are those of its noise."""
     obs_horizon: int | None = None
     """Frames that the policy sees; 2 for state, 1 for images if not given."""
     pred_horizon: int = 16
@@ -127,6 +129,7 @@ def main(args: Args) -> None:
         demos,
         spatial_features=args.spatial_features,
         state_layout=layout,
+        normalize_actions=args.normalize_actions,
         policy_class=policy_class,
         **network(args),
         obs_horizon=args.obs_horizon or (1 if demos.image_shapes else 2),

@@ -44,7 +44,7 @@ def test_resets_and_steps_are_counted(module: Any, monkeypatch: pytest.MonkeyPat
 def test_steered_envs_against_stock_ones(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     envs = module("envs")
     monkeypatch.setattr(envs, "SIZES", (2,))
-    monkeypatch.setattr(envs, "ENV_STEPS", 52)  # PushCube's episodes have 50; chunks of 4 make 52 of them
+    monkeypatch.setattr(envs, "ENV_STEPS", 56)  # PushCube's episodes have 50; chunks of 8 make 56 of them
     found = envs.bench_envs(module("measuring").Args(fast_tasks=("PushCube-v1",), repeats=1))
     [row] = found["envs"]
     assert found["env_ratio"] == {"PushCube-v1": {"2": row["env_ratio"]}}

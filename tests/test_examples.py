@@ -1,15 +1,18 @@
 """Every example script, run as a user runs it."""
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sb3_dsrl import SteeredPolicy, collect_rollouts, evaluate, load_demos, make_latent_env
+from sb3_dsrl import SteeredPolicy, collect_rollouts, create_flow, evaluate, load_demos, make_latent_env, train_flow
 from tests.scripts import EXAMPLES, run_script
 
 
@@ -58,6 +61,7 @@ RECIPE = replace(
     flow=RECIPE.flow | dict(n_iterations=30),
     critic_iterations=5,
     n_envs=2,
+    ticket_rounds=((2, 2),),
     rollout_episodes=4,
     total_timesteps=2000,
 )
@@ -74,6 +78,23 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     done = run("run_recipe.py", recipe, "--output", folder, "--seed", 3, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
+
+
+@pytest.mark.parametrize("name", ["PushCube-v1", "PickCube-v1", "LiftPegUpright-v1", "StackCube-v1", "PegInsertionSide-v1"])
+def test_recipes(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their flags make a demo, and their flow fits it."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    make_demos = importlib.import_module("make_demos")
+    recipe = importlib.import_module("recipes").RECIPES[name]
+    path = tmp_path / "demos.h5"
+    make_demos.main(make_demos.Args(env_id=name, output=path, **(recipe.demos | dict(num_demos=1, workers=1))))
+    flow = create_flow(path, spatial_features=recipe.spatial_features, **_without_training(recipe.flow))
+    assert flow.act_horizon <= flow.pred_horizon and recipe.env_id == name == flow.env_id
+
+
+def _without_training(kwargs: dict[str, Any]) -> dict[str, Any]:
+    own = inspect.signature(train_flow).parameters
+    return {key: value for key, value in kwargs.items() if key not in own}
 
 
 def test_a_recipe_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -95,7 +116,7 @@ def test_quickstart(quickstart: tuple[Path, str]) -> None:
     assert (report["env_id"], report["seed"]) == ("PushCube-v1", 3)
     assert 1000 <= report["env_steps"] <= 2000 + 2048
     names = [row["name"] for row in report["rows"]]
-    assert names == ["prior", "zero", "stage1", "stage1_stochastic", "stage2", "stage2_stochastic"]
+    assert names == ["prior", "zero", "ticket", "stage1", "stage1_stochastic", "stage2", "stage2_stochastic"]
     for row in report["rows"]:
         assert row.keys() >= {"name", "episodes", "success_once", "success_at_end", "ci_low", "ci_high", "return"}
         assert row["episodes"] == 4 and row["ci_low"] <= row["success_at_end"] <= row["ci_high"]

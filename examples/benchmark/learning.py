@@ -40,7 +40,7 @@ class Split(BaseCallback):
 
 
 def bench_learning(args: Args, flow: FlowPolicy) -> dict[str, Any]:
-    """Part c: the split of wall time while stock PPO learns with the quickstart's flow; part d: rollout buffers."""
+    """Part c: the split of wall time while stock PPO learns with make demo's flow; part d: rollout buffers."""
     shares: list[dict[str, float]] = []
     env = make_latent_env(args.env_id, flow, n_envs=8, seed=0)
     for _ in range(args.repeats):

@@ -21,7 +21,7 @@ def print_report(args: Args, report: dict[str, Any]) -> None:
     table(f"stage 1, B = {args.stage1_batch}, M = {M}: times faster than plain", [{key: report[key] for key in keys}])
     if args.simulate:
         table("env steps per second of one env: ManiSkill's own, fast, and physics alone; H = 8", report["fast"])
-        table("env steps per second: make_latent_env, and stock SubprocVecEnv with raw envs; H = 4", report["envs"])
+        table("env steps per second: make_latent_env, and stock SubprocVecEnv with raw envs; H = 8", report["envs"])
         rows = [{"env": env_id, "stacked_ratio": ratio} for env_id, ratio in report["stacked_ratio"].items()]
         table("4 envs in one worker, evaluated together: times the rate of ManiSkill's own stepping; H = 8", rows)
         print(f"cores that step raw envs and never wait for each other: {report['raw_ceiling']:.0f} env steps/s")
@@ -30,7 +30,7 @@ def print_report(args: Args, report: dict[str, Any]) -> None:
         start, memory = report["start_s"], report["worker_mb"]
         print(f"8 envs start in {start['first']:.1f} s, later ones in {start['later']:.1f} s")
         print("MB of a worker, the last not shared: " + ", ".join(f"{kind} {mb:.0f}" for kind, mb in memory.items()))
-        table("shares of the wall time of stage 2, quickstart's flow", [report["stage2_share"]])
+        table("shares of the wall time of stage 2, make demo's flow", [report["stage2_share"]])
         if report["envpool_steps_per_second"]:
             rows = [{"task": task, **rates} for task, rates in report["envpool_steps_per_second"].items()]
             table("env steps per second of 16 envs in EnvPool on one core, H = 4", rows)

@@ -55,7 +55,7 @@ def main(args: Args) -> None:
         kwargs = dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=4, act_horizon=4, num_steps=4)
         flow = train_flow(demos, n_iterations=1_000, seed=0, progress_bar=True, **kwargs)  # type: ignore[arg-type]
         train_critic(flow, demo_transitions(flow, demos, ignore_terminations=True), n_iterations=300, progress_bar=True)
-        th.set_num_threads(1)  # as in the quickstart: the other cores are for the simulators
+        th.set_num_threads(1)  # as in run_recipe.py: the other cores are for the simulators
         report |= bench_workers(args, flow)  # before others start workers
         report |= bench_fast(args) | bench_envs(args) | bench_envpool(args)
         report |= bench_learning(args, flow) | bench_growth(args, flow)

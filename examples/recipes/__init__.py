@@ -1,6 +1,8 @@
 """Recipes: how each task is learned, one file a task."""
 
-from recipes import push_cube, stack_cube
+from recipes import lift_peg_upright, peg_insertion_side, pick_cube, push_cube, stack_cube
 from recipes.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {recipe.env_id: recipe for recipe in (push_cube.RECIPE, stack_cube.RECIPE)}
+RECIPES: dict[str, Recipe] = {
+    module.RECIPE.env_id: module.RECIPE for module in (push_cube, pick_cube, lift_peg_upright, stack_cube, peg_insertion_side)
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ class Recipe:
     :param critic_iterations: optimiser steps of the critic; 0 trains none
     :param env: arguments of :func:`sb3_dsrl.make_latent_env`, such as ``max_episode_steps``
     :param n_envs: simulated envs
+    :param ticket_rounds: of :func:`sb3_dsrl.find_ticket`, a control that no stage uses
     :param rollout_episodes: stage 1 learns from so many episodes of the frozen flow
     :param total_timesteps: budget of stages 1 and 2 in env steps
     :param ppo: arguments of PPO that replace those of :func:`sb3_dsrl.ppo_kwargs`
@@ -32,5 +33,6 @@ class Recipe:
     critic_iterations: int = 0
     env: Mapping[str, Any] = field(default_factory=dict)
     n_envs: int = 8
+    ticket_rounds: Sequence[tuple[int, int]] = ((32, 8), (5, 32))
     rollout_episodes: int = 256
     ppo: Mapping[str, Any] = field(default_factory=dict)

@@ -24,6 +24,7 @@ demo: setup
 	$(PY) examples/run_recipe.py PushCube-v1 --seed $(SEED) --demo_path examples/demos/PushCube-v1.h5 --output runs/quickstart
 
 bench: setup
+	$(PY) -m pip install -q -c constraints.txt -e ".[envpool]"
 	$(PY) examples/benchmark/run.py
 
 test: setup

@@ -95,9 +95,11 @@ def test_the_report_is_printed(module: Any, capsys: pytest.CaptureFixture[str], 
     report: dict[str, Any] = {
         "matmul_gflops": 1.0,
         "decode": [{"B": 1}],
+        "decode_peer": [{"B": 8, "median": 2.71}],
         "stage1_iteration_speedup": 2.0,
         "fast": [{"env": "PushCube-v1"}],
         "envs": [{"env": "PushCube-v1", "envs": 4, "env_ratio": 1.23}],
+        "stacked_ratio": {"PushCube-v1": 1.97},
         "raw_ceiling": 3.0,
         "image_speedup": 4.0,
         "cores_gain": 5.0,
@@ -112,6 +114,6 @@ def test_the_report_is_printed(module: Any, capsys: pytest.CaptureFixture[str], 
     }
     module("report").print_report(module("measuring").Args(), report)
     out = capsys.readouterr().out
-    for text in ("1.23", "6.5 s", "0.7 s", "rss 400, pss 170, uss 61", "0.88"):
+    for text in ("1.23", "2.71", "1.97", "6.5 s", "0.7 s", "rss 400, pss 170, uss 61", "0.88"):
         assert text in out
     assert ("11003" in out or "1.1e+04" in out) == (rates is not None)

@@ -126,6 +126,7 @@ def test_records_what_maniskill_records(tmp_path: Path, obs_mode: str) -> None:
     about = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ours", "theirs")]
     for part in about:
         part["env_info"]["env_kwargs"] = dict(sorted(part["env_info"]["env_kwargs"].items()))
+    assert (about[0].pop("state_layout", None) is not None) == (obs_mode == "state")
     assert about[0] == about[1]
 
 

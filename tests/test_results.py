@@ -70,3 +70,9 @@ def test_the_quickstarts_table_is_that_of_its_reports() -> None:
         cells = [str(seed), interval("prior"), both("zero"), both("stage1"), both("stage1_stochastic"), interval("stage2")]
         cells += [both("stage2_stochastic"), f"{report['env_steps']:,}"]
         assert f"| {' | '.join(cells)} |" in block("results")
+
+
+def test_the_tables_of_the_benchmark_are_those_of_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    report = json.loads((RESULTS / "benchmark.json").read_text())
+    assert block("bench") == importlib.import_module("benchmark.report").markdown(report)

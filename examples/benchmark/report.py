@@ -46,3 +46,22 @@ def print_report(args: Args, report: dict[str, Any]) -> None:
 def table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Prints rows."""
     print(f"\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.3g}'.format)}", flush=True)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """
+    The tables of the README.
+
+    :param report: what ``report.json`` holds
+    """
+    batches = list(report["decode_peer_ratio"]["64"])
+    lines = [f"| features C | {' | '.join(f'B = {batch}' for batch in batches)} |", f"|---|{'---|' * len(batches)}"]
+    for features, ratios in report["decode_peer_ratio"].items():
+        lines.append(f"| {features} | {' | '.join(f'{ratios[batch]:.1f}' for batch in batches)} |")
+    names = ("fast_ratio", "stacked_ratio", "physics_ratio")
+    lines += ["", "| task | one env | 4 envs in one process | physics alone | steered, 4 envs | steered, 8 envs |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for task, ratios in report["env_ratio"].items():
+        cells = [*(report[name][task] for name in names), ratios["4"], ratios["8"]]
+        lines.append(f"| {task} | {' | '.join(f'{cell:.1f}' for cell in cells)} |")
+    return "\n".join(lines)

@@ -78,6 +78,7 @@ def bad(name: str, sentence: str, script_name: str, *flags: object, prepare: Cal
 
 TRAIN = ("train_flow", "--demo_path", "demos.h5")
 QUICK = ("--network", "mlp", "--total_iters", 2, "--critic_iters", 0, "--num_eval_episodes", 0, "--batch_size", 4)
+QUICK += ("--no-spatial_features",)  # the states of these demos are no task's
 OFFLINE = ("train_latent_offline", "--awsc_checkpoint", "flow", "--num_envs", 1, "--num_eval_envs", 1)
 ONLINE = ("train_latent_online", "--awsc_checkpoint", "flow", "--num_envs", 1, "--num_eval_envs", 1)
 EVALUATE = ("evaluate", "--awsc_checkpoint", "flow", "--num_eval_envs", 1, "--num_eval_episodes", 1, "--max_episode_steps", 4)

@@ -185,6 +185,7 @@ def main(args: Args) -> None:
         "env_id": recipe.env_id,
         "seed": args.seed,
         "env_steps": curve.env_steps,
+        "stage1_env_steps": rollouts.env_steps,
         "stage0_seconds": round(stage0_seconds, 1),
         "stage2_seconds": round(stage2_seconds, 1),
         "wall_seconds": round(time.time() - start, 1),

@@ -112,7 +112,8 @@ def test_quickstart(quickstart: tuple[Path, str]) -> None:
     folder, text = quickstart
     report = json.loads((folder / "report.json").read_text())
     seconds = {"stage0_seconds", "stage2_seconds", "wall_seconds"}
-    assert report.keys() == {"env_id", "seed", "env_steps", "rows"} | seconds
+    assert report.keys() == {"env_id", "seed", "env_steps", "stage1_env_steps", "rows"} | seconds
+    assert 0 < report["stage1_env_steps"] < report["env_steps"]
     assert (report["env_id"], report["seed"]) == ("PushCube-v1", 3)
     assert 1000 <= report["env_steps"] <= 2000 + 2048
     names = [row["name"] for row in report["rows"]]

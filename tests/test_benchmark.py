@@ -8,9 +8,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_dsrl import ActionChunkWrapper, FlowPolicy
+from sb3_dsrl.policies import activations
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from tests.envs import scripted
 from tests.models import steered
@@ -97,6 +99,7 @@ def test_the_report_is_printed(module: Any, capsys: pytest.CaptureFixture[str], 
         "decode": [{"B": 1}],
         "decode_peer": [{"B": 8, "median": 2.71}],
         "stage1_iteration_speedup": 2.0,
+        "stage0_speedup": 1.59,
         "fast": [{"env": "PushCube-v1"}],
         "envs": [{"env": "PushCube-v1", "envs": 4, "env_ratio": 1.23}],
         "stacked_ratio": {"PushCube-v1": 1.97},
@@ -114,6 +117,18 @@ def test_the_report_is_printed(module: Any, capsys: pytest.CaptureFixture[str], 
     }
     module("report").print_report(module("measuring").Args(), report)
     out = capsys.readouterr().out
-    for text in ("1.23", "2.71", "1.97", "6.5 s", "0.7 s", "rss 400, pss 170, uss 61", "0.88"):
+    for text in ("1.23", "2.71", "1.97", "1.59 times", "6.5 s", "0.7 s", "rss 400, pss 170, uss 61", "0.88"):
         assert text in out
     assert ("11003" in out or "1.1e+04" in out) == (rates is not None)
+
+
+def test_stage_0_with_and_without_what_makes_it_quick(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both end with nearly the same held-out loss, and everything is as it was afterwards."""
+    stage0 = module("stage0")
+    monkeypatch.setattr(stage0, "ITERATIONS", 30)
+    size, adamw = activations.MIN_SIZE, th.optim.AdamW
+    found = stage0.bench_stage0(module("measuring").Args(repeats=1))
+    losses = found["stage0_validation_loss"]
+    assert losses["plain"] == pytest.approx(losses["ours"], rel=2e-2) and losses["plain"] != losses["ours"]
+    assert found["stage0_speedup"] > 0
+    assert (activations.MIN_SIZE, th.optim.AdamW) == (size, adamw)

@@ -67,8 +67,8 @@ def test_the_quickstarts_table_is_that_of_its_reports() -> None:
         def both(name: str, of: dict = of) -> str:
             return f"{of[name]['success_once']:.2f} / {of[name]['success_at_end']:.2f}"
 
-        cells = [str(seed), interval("prior"), both("zero"), both("stage1"), both("stage1_stochastic"), interval("stage2")]
-        cells += [both("stage2_stochastic"), f"{report['env_steps']:,}"]
+        cells = [str(seed), interval("prior"), both("zero"), both("ticket"), both("stage1"), both("stage1_stochastic")]
+        cells += [interval("stage2"), both("stage2_stochastic"), f"{report['env_steps']:,}"]
         assert f"| {' | '.join(cells)} |" in block("results")
 
 

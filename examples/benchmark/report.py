@@ -20,6 +20,7 @@ def print_report(args: Args, report: dict[str, Any]) -> None:
     keys = [key for key in report if key.startswith("stage1_") and key.endswith("speedup")]
     table(f"stage 1, B = {args.stage1_batch}, M = {M}: times faster than plain", [{key: report[key] for key in keys}])
     if args.simulate:
+        print(f"stage 0, small MLP: {report['stage0_speedup']:.2f} times faster than plain, to the same held-out loss")
         table("env steps per second of one env: ManiSkill's own, fast, and physics alone; H = 8", report["fast"])
         table("env steps per second: make_latent_env, and stock SubprocVecEnv with raw envs; H = 8", report["envs"])
         rows = [{"env": env_id, "stacked_ratio": ratio} for env_id, ratio in report["stacked_ratio"].items()]

@@ -29,6 +29,7 @@ from benchmark.peers import raw_ceiling
 from benchmark.pool import bench_envpool
 from benchmark.report import print_report
 from benchmark.simulator import bench_cuda, bench_growth, bench_images, bench_workers
+from benchmark.stage0 import bench_stage0
 from benchmark.stage1 import bench_stage1, bench_success
 from sb3_dsrl import VelocityMLP, demo_transitions, load_demos, train_critic, train_flow
 
@@ -51,6 +52,7 @@ def main(args: Args) -> None:
     report |= bench_peer(args.repeats, args.peer_batches)
     report |= bench_stage1(args)
     if args.simulate:
+        report |= bench_stage0(args)
         demos = load_demos(args.demo_path)
         kwargs = dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=4, act_horizon=4, num_steps=4)
         flow = train_flow(demos, n_iterations=1_000, seed=0, progress_bar=True, **kwargs)  # type: ignore[arg-type]

@@ -76,3 +76,11 @@ def test_the_tables_of_the_benchmark_are_those_of_its_report(monkeypatch: pytest
     monkeypatch.syspath_prepend(EXAMPLES)
     report = json.loads((RESULTS / "benchmark.json").read_text())
     assert block("bench") == importlib.import_module("benchmark.report").markdown(report)
+
+
+def test_the_table_of_recipes_is_that_of_its_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    report = importlib.import_module("tasks_report")
+    rows = report.rows(RESULTS / "recipes")
+    assert block("tasks") == report.markdown(rows)
+    pd.testing.assert_frame_equal(rows, pd.read_csv(RESULTS / "tasks.csv"))

@@ -25,9 +25,12 @@ from sb3_dsrl import (
     evaluate,
     make_latent_env,
     results_table,
+    state_layout,
 )
 from sb3_dsrl.evaluation.play import Actor
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
+from sb3_dsrl.policies.spatial_features import StateLayout
+from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.steering.contract import SteerMode
 from sb3_dsrl.utils.checkpoint import atomic_file
 from sb3_dsrl.utils.integrity import check_zip
@@ -357,6 +360,11 @@ def load_model(path: Path, env: VecLatentSteering, device: str) -> PPO:
         return PPO.load(path, env=env, device=device)
     except (KeyError, AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} holds no model of PPO ({error})") from error
+
+
+def layout_of(demos: Demos) -> StateLayout | None:
+    """What the states of demos are made of: as the demos say, or else as the task says; None if they are images."""
+    return None if demos.image_shapes else demos.state_layout or state_layout(demos.env_id, demos.control_mode)
 
 
 def cli(main: Callable[[Args], None], args_class: type[Args]) -> NoReturn:

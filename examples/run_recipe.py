@@ -18,7 +18,7 @@ import make_demos
 import matplotlib
 import torch as th
 import tyro
-from common import cli
+from common import EVAL_SEED, cli, layout_of
 from recipes import RECIPES
 from recipes.recipe import Recipe
 from stable_baselines3 import PPO
@@ -37,7 +37,6 @@ from sb3_dsrl import (
     ppo_kwargs,
     pretrain_latent,
     results_table,
-    state_layout,
     train_critic,
     train_flow,
 )
@@ -47,8 +46,6 @@ from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-EVAL_SEED = 1_000_000  # far from the demos' and the training envs' seeds
 
 
 @dataclass
@@ -114,9 +111,8 @@ def train_base(recipe: Recipe, demo_path: Path, seed: int, log: Path) -> FlowPol
         print(f"{demo_path} is not there and is made", flush=True)
         make_demos.main(make_demos.Args(env_id=recipe.env_id, output=demo_path, **recipe.demos))
     demos = load_demos(demo_path)
-    kwargs = dict(recipe.flow, spatial_features=recipe.spatial_features)
-    if recipe.spatial_features and demos.state_layout is None:
-        kwargs["state_layout"] = state_layout(recipe.env_id, demos.control_mode)
+    layout = layout_of(demos) if recipe.spatial_features else None
+    kwargs = dict(recipe.flow, spatial_features=recipe.spatial_features, state_layout=layout)
     flow = train_flow(demos, **kwargs, seed=seed, tensorboard_log=log / "flow", progress_bar=True)
     if recipe.critic_iterations:
         transitions = demo_transitions(flow, demos, ignore_terminations=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common import EVAL_SEED, Run, TrainingArgs, cli, make_env
+from common import EVAL_SEED, Run, TrainingArgs, cli, layout_of, make_env
 
 from sb3_dsrl import (
     FlowPolicy,
@@ -20,7 +20,6 @@ from sb3_dsrl import (
     demo_transitions,
     evaluate,
     load_demos,
-    state_layout,
     train_critic,
     train_flow,
 )
@@ -122,9 +121,7 @@ def main(args: Args) -> None:
         policy_class = DiffusionPolicy
     success = Success(args)
     score = success if args.num_eval_episodes else None
-    layout = None
-    if args.spatial_features and not demos.image_shapes:
-        layout = demos.state_layout or state_layout(demos.env_id, demos.control_mode)
+    layout = layout_of(demos) if args.spatial_features else None
     flow = train_flow(
         demos,
         spatial_features=args.spatial_features,

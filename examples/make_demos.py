@@ -103,11 +103,13 @@ def check_args(args: Args) -> None:
             parse_obs_mode_to_struct(args.obs_mode)
         except AssertionError as error:
             fail(f"--obs-mode {args.obs_mode} is not one of ManiSkill's, such as state or rgb: {error}")
+    elif args.camera_size is not None:
+        fail(f"--camera-size is {args.camera_size}, but --obs-mode {args.obs_mode} has no images.")
     if args.noise is not None and not (np.isfinite(args.noise) and args.noise >= 0):
         fail(f"--noise is {args.noise}; it is a standard deviation and must be 0 or more.")
     if not 0 <= args.noise_rho < 1:
         fail(f"--noise-rho is {args.noise_rho}; it is a correlation and must be at least 0 and below 1.")
-    for flag in ("num_demos", "max_attempts", "workers", "speedup", "max_episode_steps"):
+    for flag in ("num_demos", "max_attempts", "workers", "speedup", "max_episode_steps", "camera_size"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             fail(f"--{flag.replace('_', '-')} is {value}; it must be 1 or more.")

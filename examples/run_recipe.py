@@ -1,6 +1,7 @@
 """The whole method on one task: demos, a flow that imitates them, and steering that makes it better.
 
     python examples/run_recipe.py StackCube-v1 --seed 0
+    python examples/run_recipe.py "PushCube-v1 rgb" --seed 0
 
 A recipe (examples/recipes, one file a task) says how. Stage 0 learns a flow from the demos, which are made if the file is not
 there; stage 1 a latent policy from rollouts of that flow; stage 2 improves it with stock PPO. The result is a table, and in
@@ -57,9 +58,9 @@ class Args:
     seed: int = 0
     """Seed of all three stages."""
     demo_path: Path | None = None
-    """ManiSkill trajectory file; it is made if it is not there. demos/<task>.h5 if not given."""
+    """ManiSkill trajectory file; it is made if it is not there. demos/<recipe>.h5 if not given, a blank being a hyphen."""
     output: Path | None = None
-    """Folder for the results; runs/<task> if not given."""
+    """Folder for the results; runs/<recipe> if not given, a blank being a hyphen."""
     num_eval_episodes: int = 200
     """Episodes of each final evaluation."""
     video_episodes: int = 2
@@ -125,13 +126,14 @@ def main(args: Args) -> None:
     """Runs the three stages and writes the report."""
     start = time.time()
     recipe = find_recipe(args.recipe)
-    output = args.output or Path("runs") / recipe.env_id
+    folder_name = recipe.name.replace(" ", "-")
+    output = args.output or Path("runs") / folder_name
     output.mkdir(parents=True, exist_ok=True)
     set_random_seed(args.seed)
     th.set_num_threads(1)  # the other cores are for the simulators
     log = output / "tensorboard"
 
-    flow = train_base(recipe, args.demo_path or Path("demos") / f"{recipe.env_id}.h5", args.seed, log)
+    flow = train_base(recipe, args.demo_path or Path("demos") / f"{folder_name}.h5", args.seed, log)
     flow.save_pretrained(output / "flow")
     stage0_seconds = time.time() - start
 
@@ -178,7 +180,7 @@ def main(args: Args) -> None:
     env.close()
 
     report = {
-        "env_id": recipe.env_id,
+        "env_id": recipe.name,
         "seed": args.seed,
         "env_steps": curve.env_steps,
         "stage1_env_steps": rollouts.env_steps,
@@ -188,13 +190,13 @@ def main(args: Args) -> None:
         "rows": [row.as_row() for row in rows.values()],
     }
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(output / "report.png", f"{recipe.env_id}, seed {args.seed}", curve, rows)
+    plot(output / "report.png", f"{recipe.name}, seed {args.seed}", curve, rows)
     actors: dict[str, Actor] = {"before.mp4": "prior", "after.mp4": model}
     for name, actor in actors.items() if args.video_episodes else ():
         record_video(output / name, eval_env, actor, args.video_episodes, seed=EVAL_SEED, progress_bar=True)
     eval_env.close()
 
-    print(f"\n{recipe.env_id}, seed {args.seed}: {report['env_steps']:,} env steps, {time.time() - start:.0f} s in all\n")
+    print(f"\n{recipe.name}, seed {args.seed}: {report['env_steps']:,} env steps, {time.time() - start:.0f} s in all\n")
     print(results_table(list(rows.values())))
     print(f"\nReport, picture, videos, flow, model and policy are in {output}/")
 

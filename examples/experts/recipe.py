@@ -26,6 +26,8 @@ class DemoRecipe:
     """pd_joint_delta_pos or pd_ee_delta_pose; the planner knows pd_joint_pos, too."""
     obs_mode: str = "state"
     """What to record, such as state or rgb."""
+    camera_size: int | None = None
+    """Height and width of recorded images in pixels. If not given: the task's."""
     reward_mode: str = "normalized_dense"
     """normalized_dense, dense, sparse or none."""
     render_backend: str | None = None

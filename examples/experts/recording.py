@@ -24,7 +24,9 @@ def make_recorded_env(recipe: DemoRecipe) -> Recorder:
     :param recipe: of the attempts
     :return: one CPU env, as fast as it gets, whose episodes are recorded
     """
-    limit: dict[str, Any] = {} if recipe.max_episode_steps is None else dict(max_episode_steps=recipe.max_episode_steps)
+    given: dict[str, Any] = {} if recipe.max_episode_steps is None else dict(max_episode_steps=recipe.max_episode_steps)
+    if recipe.camera_size is not None:
+        given["sensor_configs"] = dict(width=recipe.camera_size, height=recipe.camera_size)
     made = gym.make(
         recipe.env_id,
         obs_mode=recipe.obs_mode,
@@ -33,7 +35,7 @@ def make_recorded_env(recipe: DemoRecipe) -> Recorder:
         render_backend=recipe.render_backend or ("none" if recipe.obs_mode.startswith("state") else "cpu"),
         sim_backend="physx_cpu",
         num_envs=1,
-        **limit,
+        **given,
     )
     env = CPUGymWrapper(made)
     return Recorder(make_fast(env) if wants_fast() else env)

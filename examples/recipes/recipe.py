@@ -13,6 +13,7 @@ class Recipe:
     Settings of all stages for one task; what they leave out has the package's defaults.
 
     :param env_id: ManiSkill task
+    :param variant: what sets the recipe apart from others for this task, such as ``rgb``
     :param demos: flags of ``make_demos.py``, such as ``num_demos``
     :param flow: arguments of :func:`sb3_dsrl.train_flow`; ``act_horizon`` steps of each chunk are executed
     :param spatial_features: features of where things are to each other, for state demos
@@ -26,6 +27,7 @@ class Recipe:
     """
 
     env_id: str
+    variant: str = ""
     flow: Mapping[str, Any]
     total_timesteps: int
     demos: Mapping[str, Any] = field(default_factory=dict)
@@ -36,3 +38,8 @@ class Recipe:
     ticket_rounds: Sequence[tuple[int, int]] = ((32, 8), (5, 32))
     rollout_episodes: int = 256
     ppo: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of the recipe: the task, and the variant if there is one."""
+        return f"{self.env_id} {self.variant}".strip()

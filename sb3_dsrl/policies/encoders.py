@@ -197,13 +197,14 @@ class SpatialSoftmaxConv(Network):
 
     :param in_channels: of the image
     :param out_dim: features
+    :param first_stride: of the first convolution: 2 suits images of 64 to 84 pixels, in which 4 would blur small things
     """
 
-    def __init__(self, in_channels: int, out_dim: int = 256) -> None:
-        super().__init__(in_channels=in_channels, out_dim=out_dim)
+    def __init__(self, in_channels: int, out_dim: int = 256, first_stride: int = 4) -> None:
+        super().__init__(in_channels=in_channels, out_dim=out_dim, first_stride=first_stride)
         self.out_dim = out_dim
         layers: list[nn.Module] = []
-        for c_in, c_out, kernel, stride in ((in_channels, 32, 7, 4), (32, 64, 3, 2), (64, 64, 3, 1)):
+        for c_in, c_out, kernel, stride in ((in_channels, 32, 7, first_stride), (32, 64, 3, 2), (64, 64, 3, 1)):
             layers += [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2), nn.GroupNorm(c_out // 8, c_out), nn.ReLU()]
         self.convs = nn.Sequential(*layers[:-1])
         self.outlet = nn.Sequential(nn.Linear(128, out_dim), nn.ReLU())

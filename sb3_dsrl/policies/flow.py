@@ -2,6 +2,7 @@
 
 # No ``from __future__ import annotations`` here: the hub mixin reads the annotations of ``__init__`` to rebuild networks.
 import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ class FlowPolicy(
         pred_horizon: int = 16,
         act_horizon: int = 8,
         image_shapes: dict[str, tuple[int, int, int]] | None = None,
-        backbone: nn.Module | None = None,
+        backbone: nn.Module | Callable[[int], nn.Module] | None = None,
         net_class: type[VelocityNet] = VelocityUNet,
         net_kwargs: dict[str, Any] | None = None,
         critic_kwargs: dict[str, Any] | None = None,
@@ -171,7 +172,8 @@ class FlowPolicy(
         :param pred_horizon: T
         :param act_horizon: H
         :param image_shapes: (height, width, channels) of ``rgb`` and ``depth``; None is a flat (state) observation
-        :param backbone: of the images, see :class:`~sb3_dsrl.policies.encoders.ImageEncoder`
+        :param backbone: of the images, see :class:`~sb3_dsrl.policies.encoders.ImageEncoder`, or what makes it from the number
+            of channels, such as ``functools.partial(SpatialSoftmaxConv, first_stride=2)``
         :param net_class: ``VelocityUNet`` or ``VelocityMLP``
         :param net_kwargs: further arguments of the network
         :param critic_kwargs: further arguments of the critic
@@ -188,6 +190,8 @@ class FlowPolicy(
         features = SpatialFeatures(state_layout) if state_layout else None
         encoder: ObsEncoder = StateEncoder(obs_dim, obs_horizon, features=features)
         if image_shapes:
+            if backbone is not None and not isinstance(backbone, nn.Module):
+                backbone = backbone(sum(shape[-1] for shape in image_shapes.values()))
             encoder = ImageEncoder(obs_dim, image_shapes, backbone, obs_horizon)
         elif backbone is not None:
             raise ValueError("A backbone was given, but there are no images: pass image_shapes, or demos with images")

@@ -63,14 +63,19 @@ class ImageTraining:
     :param train_encoder: train the encoder with the flow; False keeps it as it is and computes the features once
     :param random_shift_pad: largest random shift in pixels while the encoder learns; 0 shifts nothing
     :param memory: bytes of images that are held in memory at a time while the encoder learns
-    :raises ValueError: if ``random_shift_pad`` is negative
+    :param repeats: how often a window appears in each batch while the encoder learns: it is encoded once, and the loss draws
+        another noise each time. Encoding is most of the work.
+    :raises ValueError: if ``random_shift_pad`` is negative or ``repeats`` is not positive
     """
 
     train_encoder: bool = True
     random_shift_pad: int = 4
     memory: float = 2e9
+    repeats: int = 1
 
     def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, found {self.repeats}")
         if self.random_shift_pad < 0:
             raise ValueError(f"random_shift_pad must be >= 0, found {self.random_shift_pad}")
 
@@ -169,11 +174,15 @@ def train_flow(
     learns_to_see = _learns_to_see(flow, demos, images)
     _check_settings(flow, advantage, learns_to_see, loss_kwargs)
     images = images or ImageTraining()
+    if learns_to_see and batch_size % images.repeats:
+        raise ValueError(f"batch_size must be a multiple of images.repeats, found {batch_size} and {images.repeats}")
     _fit_statistics(flow, demos)
     flow.to(get_device(device))
 
     def windows_of(flow: FlowPolicy, demos: Demos, pad: int = 0) -> FeatureWindows | ImageWindows:
-        return ImageWindows(flow, demos, pad, images.memory) if learns_to_see else FeatureWindows(flow, demos)
+        if not learns_to_see:
+            return FeatureWindows(flow, demos)
+        return ImageWindows(flow, demos, pad, images.memory, repeats=images.repeats)
 
     learned, held_out = (demos, demos) if validation is None else validation.split(demos)
     windows = windows_of(flow, learned, images.random_shift_pad)

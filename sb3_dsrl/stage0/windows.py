@@ -15,7 +15,7 @@ from sb3_dsrl.policies.encoders import random_shift
 from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.stage0.demos import Demos, action_windows, chunks_from_now, seen_steps
 from sb3_dsrl.stage0.features import check_demos_fit, encode_demos
-from sb3_dsrl.utils.observations import map_frames, stack_frames
+from sb3_dsrl.utils.observations import map_frames
 
 Batch = tuple[th.Tensor, th.Tensor, th.Tensor | None]
 
@@ -55,36 +55,56 @@ class ImageWindows:
     """
     Windows of demos with images, encoded anew in every batch while the encoder learns.
 
-    Only some episodes are held in memory. If not all of them fit, the oldest one makes room for the next after every
+    The frames lie in one ring of tensors. If not all of them fit, the oldest episodes make room for the next one after every
     ``turnover`` batches, in an order that is shuffled once.
 
     :param flow: its encoder is used, with gradients
     :param demos: the demos
     :param random_shift_pad: largest random shift in pixels
-    :param memory: bytes of images that may be held
+    :param memory: bytes of images that may be held; the longest episode is held in any case
     :param turnover: batches between two changes
+    :param repeats: how often each encoded window appears in a batch: each time the loss draws another noise for it
     """
 
     def __init__(
-        self, flow: FlowPolicy, demos: Demos, random_shift_pad: int = 4, memory: float = 2e9, turnover: int = 4
+        self,
+        flow: FlowPolicy,
+        demos: Demos,
+        random_shift_pad: int = 4,
+        memory: float = 2e9,
+        turnover: int = 4,
+        repeats: int = 1,
     ) -> None:
         check_demos_fit(flow, demos)
-        self._flow, self._pad, self._turnover = flow, random_shift_pad, turnover
+        self._flow, self._pad, self._turnover, self._repeats = flow, random_shift_pad, turnover, repeats
         self._episodes = demos.episodes
-        self._chunks = [chunks_from_now(episode, demos.control_mode, flow.pred_horizon) for episode in demos.episodes]
+        chunks = [chunks_from_now(episode, demos.control_mode, flow.pred_horizon) for episode in demos.episodes]
+        self._chunks = th.from_numpy(np.concatenate(chunks))
+        self._lengths = np.array([len(episode) for episode in demos.episodes])
+        self._starts = np.cumsum(self._lengths) - self._lengths  # of each episode in the chunks
         self._order: list[int] = th.randperm(len(self._episodes)).tolist()
-        self._held: deque[tuple[int, Any]] = deque()
-        self._loaded, self._batches = 0, 0
-        used = 0
-        while len(self._held) < len(self._order) and (not self._held or used < memory):
-            used += self._load()
+        first = self._episodes[self._order[0]].read_obs()
+        frame_bytes = sum(x[0].nbytes for x in first.values())
+        n_frames = self._lengths + 1
+        self._capacity = min(int(n_frames.sum()), max(int(n_frames.max()), int(memory / frame_bytes)))
+        self._frames = map_frames(lambda x: th.from_numpy(np.zeros((self._capacity, *x.shape[1:]), x.dtype)), first)
+        self._held: deque[tuple[int, int]] = deque()  # episode, and where in the ring its frames begin
+        self._end, self._loaded, self._batches = 0, 0, 0
+        while len(self._held) < len(self._order) and self._fits(self._order[self._loaded]):
+            self._load()
 
-    def _load(self) -> int:
+    def _fits(self, i: int) -> bool:
+        return sum(self._lengths[j] + 1 for j, _ in self._held) + self._lengths[i] + 1 <= self._capacity
+
+    def _load(self) -> None:
         i = self._order[self._loaded % len(self._order)]
-        self._loaded += 1
-        obs = self._episodes[i].read_obs()
-        self._held.append((i, obs))
-        return sum(x.nbytes for x in obs.values())
+        while not self._fits(i):
+            self._held.popleft()
+        rows = (self._end + th.arange(int(self._lengths[i]) + 1)) % self._capacity
+        for key, x in self._episodes[i].read_obs().items():
+            self._frames[key][rows] = th.from_numpy(x)
+        self._held.append((i, self._end))
+        self._end, self._loaded = (self._end + len(rows)) % self._capacity, self._loaded + 1
 
     def state_dict(self) -> dict[str, Any]:
         """Which episodes are held, and which come next."""
@@ -100,24 +120,22 @@ class ImageWindows:
 
     def sample(self, batch_size: int) -> Batch:
         """
-        :param batch_size: B
+        :param batch_size: B, a multiple of ``repeats``
         :return: features (B, C), chunks (B, T, A), None
         """
         self._batches += 1
         if len(self._held) < len(self._episodes) and self._batches % self._turnover == 0:
-            self._held.popleft()
             self._load()
-        ends = np.cumsum([len(self._chunks[i]) for i, _ in self._held])
-        samples = th.randint(int(ends[-1]), (batch_size,)).numpy()
+        episodes, offsets = np.array(self._held).T
+        ends = np.cumsum(self._lengths[episodes])
+        samples = th.randint(int(ends[-1]), (batch_size // self._repeats,)).numpy()
         owners = np.searchsorted(ends, samples, side="right")
-        steps = samples - np.append(0, ends)[owners]
-        frames, chunks = [], []
-        for owner, step, history in zip(owners, steps, seen_steps(steps, self._flow.obs_horizon), strict=True):
-            i, obs = self._held[owner]
-            frames.append(map_frames(lambda x, history=history: x[history], obs))
-            chunks.append(self._chunks[i][step])
-        batch = map_frames(lambda x: th.from_numpy(x).to(self._flow.device), stack_frames(frames))
+        steps = samples - (ends - self._lengths[episodes])[owners]
+        seen = seen_steps(steps, self._flow.obs_horizon)
+        rows = th.from_numpy((offsets[owners][:, None] + seen) % self._capacity)
+        batch = map_frames(lambda x: x[rows].to(self._flow.device), self._frames)
         if self._pad:
             images = random_shift({key: x for key, x in batch.items() if x.dim() == 5}, self._pad)
             batch |= images
-        return self._flow.encode(batch), th.from_numpy(np.stack(chunks)).to(self._flow.device), None
+        chunks = self._chunks[self._starts[episodes][owners] + steps].to(self._flow.device)
+        return self._flow.encode(batch).repeat(self._repeats, 1), chunks.repeat(self._repeats, 1, 1), None

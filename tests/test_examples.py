@@ -80,16 +80,31 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-@pytest.mark.parametrize("name", ["PushCube-v1", "PickCube-v1", "LiftPegUpright-v1", "StackCube-v1", "PegInsertionSide-v1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PushCube-v1",
+        "PickCube-v1",
+        "LiftPegUpright-v1",
+        "StackCube-v1",
+        "PegInsertionSide-v1",
+        "PushCube-v1 rgb",
+        "PickCube-v1 rgb",
+    ],
+)
 def test_recipes(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their flags make a demo, and their flow fits it."""
     monkeypatch.syspath_prepend(EXAMPLES)
     make_demos = importlib.import_module("make_demos")
     recipe = importlib.import_module("recipes").RECIPES[name]
     path = tmp_path / "demos.h5"
-    make_demos.main(make_demos.Args(env_id=name, output=path, **(recipe.demos | dict(num_demos=1, workers=1))))
+    make_demos.main(make_demos.Args(env_id=recipe.env_id, output=path, **(recipe.demos | dict(num_demos=1, workers=1))))
     flow = create_flow(path, spatial_features=recipe.spatial_features, **_without_training(recipe.flow))
-    assert flow.act_horizon <= flow.pred_horizon and recipe.env_id == name == flow.env_id
+    assert flow.act_horizon <= flow.pred_horizon and recipe.name == name and recipe.env_id == flow.env_id
+    if recipe.variant == "rgb":  # the env sees what the demos show
+        env = make_latent_env(recipe.env_id, flow.freeze(), **recipe.env)
+        assert env.reset().shape == (1, flow.cond_dim)
+        env.close()
 
 
 def _without_training(kwargs: dict[str, Any]) -> dict[str, Any]:

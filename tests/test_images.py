@@ -1,6 +1,7 @@
 """Images: from demo files through stage 0 to steered ManiSkill envs."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sb3_dsrl import (
 )
 from sb3_dsrl.envs import maniskill
 from sb3_dsrl.envs.maniskill_wrappers import flat_images
+from sb3_dsrl.policies.encoders import SpatialSoftmaxConv
 from sb3_dsrl.stage0.windows import ImageWindows
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 
@@ -155,6 +157,39 @@ def test_windows_cover_all_demos_whatever_fits_into_memory(tmp_path: Path, memor
             np.testing.assert_array_equal(expected[features.tobytes()], actions[0])
             seen.add(features.tobytes())
     assert seen == set(expected)
+
+
+def test_a_window_is_encoded_once_and_repeated(tmp_path: Path) -> None:
+    demos = load_demos(write_image_demos(tmp_path / "demos.h5"))
+    flow = image_flow(demos)
+    cond, chunk, _ = ImageWindows(flow, demos, repeats=3).sample(12)
+    assert len(cond) == len(chunk) == 12
+    for x in (cond, chunk):
+        assert th.equal(x[:4], x[4:8]) and th.equal(x[:4], x[8:])
+    with pytest.raises(ValueError, match=r"multiple of images.repeats, found 8 and 3"):
+        image_flow(demos, images=ImageTraining(repeats=3))
+
+
+def test_a_backbone_is_made_for_the_channels(tmp_path: Path) -> None:
+    demos = load_demos(write_image_demos(tmp_path / "demos.h5"))
+    flow = image_flow(demos, backbone=partial(SpatialSoftmaxConv, out_dim=16, first_stride=2, sharpness=5.0))
+    flow.save_pretrained(tmp_path / "flow")
+    backbone: Any = FlowPolicy.from_pretrained(tmp_path / "flow").encoder.backbone
+    assert (backbone.convs[0].in_channels, backbone.convs[0].stride, backbone.sharpness) == (6, (2, 2), 5.0)
+
+
+def test_sharp_maps_tell_where_something_is() -> None:
+    """Without sharpness an untrained encoder gives almost the same features wherever a square lies on a grained table."""
+    th.manual_seed(0)
+    images = th.rand(1, 3, 64, 64).repeat(16, 1, 1, 1)
+    for i in range(16):
+        images[i, :, 14 * (i // 4) + 4 : 14 * (i // 4) + 10, 14 * (i % 4) + 4 : 14 * (i % 4) + 10] = 0.0
+    spread = []
+    for sharpness in (1.0, 5.0):
+        th.manual_seed(0)
+        with th.no_grad():
+            spread.append(SpatialSoftmaxConv(3, sharpness=sharpness)(images).std(dim=0).mean())
+    assert spread[1] > 3 * spread[0]
 
 
 def test_encoder_learns_unless_it_is_frozen(tmp_path: Path) -> None:

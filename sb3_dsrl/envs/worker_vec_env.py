@@ -112,6 +112,22 @@ class WorkerVecEnv(VecEnv):
         """Calls a method of the envs."""
         return self._on("env_method", (method_name, *method_args), method_kwargs, indices)
 
+    def set_sim_states(self, states: Sequence[Any], indices: VecEnvIndices = None) -> None:
+        """
+        :param states: of :meth:`ActionChunkWrapper.get_sim_state <sb3_dsrl.ActionChunkWrapper.get_sim_state>`, one of each
+        :param indices: of the envs; None are all
+        """
+        given = dict(zip(self._get_indices(indices), states, strict=True))
+        asked = []
+        for i, part in enumerate(self._slices):
+            own = [j for j in given if part.start <= j < part.stop]
+            if own:
+                local = [j - part.start for j in own]
+                self._workers[i].submit("call", "set_sim_states", [given[j] for j in own], local)
+                asked.append(i)
+        for i in asked:
+            self._result(i)
+
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """Whether the envs are wrapped in this class."""
         return self._on("env_is_wrapped", (wrapper_class,), {}, indices)

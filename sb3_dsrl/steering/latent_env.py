@@ -16,6 +16,7 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.contract import REWARDS, Contract, SteerMode
+from sb3_dsrl.steering.sim_state import get_sim_state, set_sim_state
 from sb3_dsrl.steering.steering import Steering, check_env_fits, check_flow, to_numpy
 from sb3_dsrl.utils.observations import map_frames
 
@@ -117,6 +118,22 @@ class LatentSteeringWrapper(gym.Wrapper):
         chunk = to_numpy(self.steering.chunk(self._cond, w[None]))[0]
         obs, reward, terminated, truncated, info = self.env.step(chunk)
         return self._encode(obs), float(reward), terminated, truncated, dict(info, action_chunk=chunk)
+
+    def get_sim_state(self) -> dict[str, Any]:
+        """
+        :return: everything that the rest of the episode depends on, see :meth:`ActionChunkWrapper.get_sim_state
+            <sb3_dsrl.ActionChunkWrapper.get_sim_state>`
+        :raises ValueError: if the env cannot go back to a state
+        """
+        return dict(below=get_sim_state(self.env), cond=to_numpy(self._cond), tail=self.steering.tail_state())
+
+    def set_sim_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: of :meth:`get_sim_state` of this env in this episode
+        """
+        set_sim_state(self.env, state["below"])
+        self._cond = th.from_numpy(state["cond"].copy()).to(self.steering.flow.device)
+        self.steering.set_tail_state(state["tail"])
 
     def _encode(self, obs: Any) -> np.ndarray:
         self._cond = self.steering.encode(map_frames(lambda x: x[None], obs))

@@ -61,6 +61,18 @@ class Steering:
         """
         self._generator = th.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
+    def tail_state(self) -> np.ndarray:
+        """
+        :return: the state of the generator that draws the unsteered tail of the noise
+        """
+        return self._generator.get_state().numpy().copy()
+
+    def set_tail_state(self, state: np.ndarray) -> None:
+        """
+        :param state: of :meth:`tail_state`: the same tails follow again
+        """
+        self._generator.set_state(th.from_numpy(state.copy()))
+
     # SubprocVecEnv's workers send this by plain pickle, which cannot name classes of ``__main__`` in another process.
     def __getstate__(self) -> CloudpickleWrapper:
         return CloudpickleWrapper(self.__dict__)

@@ -13,11 +13,12 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from sb3_dsrl.steering.contract import REWARDS, Contract, SteerMode
+from sb3_dsrl.steering.sim_state import get_sim_states, set_sim_states
 from sb3_dsrl.steering.steering import Steering, check_env_fits, check_flow, to_numpy
 from sb3_dsrl.utils.observations import stack_frames
 
@@ -112,6 +113,48 @@ class VecLatentSteering(VecEnvWrapper):
         for info, chunk in zip(infos, self._chunks, strict=True):
             info["action_chunk"] = chunk
         return to_numpy(self._cond), rewards, dones, infos
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether all envs can go back to a state, see :mod:`sb3_dsrl.steering.sim_state`."""
+        return all(self.venv.get_attr("can_restore"))
+
+    def get_sim_state(self) -> dict[str, Any]:
+        """
+        :return: everything that the rest of the episodes depends on, see :meth:`ActionChunkWrapper.get_sim_state
+            <sb3_dsrl.ActionChunkWrapper.get_sim_state>`
+        :raises ValueError: if the envs cannot go back to a state
+        """
+        base = self.venv.unwrapped
+        below = base.get_sim_state() if isinstance(base, BatchedChunkEnv) else get_sim_states(self.venv)
+        return dict(below=below, cond=self._cond.clone(), tail=self.steering.tail_state())
+
+    def set_sim_state(self, state: dict[str, Any], indices: VecEnvIndices = None) -> None:
+        """
+        :param state: of :meth:`get_sim_state`, of the episodes that are played now
+        :param indices: of the envs that go back; None are all, and then the unsteered tail of the noise is drawn again, too
+        """
+        base, index = self.venv.unwrapped, list(self._get_indices(indices))
+        if isinstance(base, BatchedChunkEnv):
+            base.set_sim_state(state["below"], indices)
+        else:
+            set_sim_states(self.venv, [state["below"][i] for i in index], index)
+        self._cond = self._cond.clone()
+        self._cond[index] = state["cond"][index]
+        if indices is None:
+            self.steering.set_tail_state(state["tail"])
+
+    def hold_ends(self, hold: bool) -> None:
+        """
+        See :meth:`ActionChunkWrapper.hold_ends <sb3_dsrl.ActionChunkWrapper.hold_ends>`.
+
+        :param hold: off in new envs
+        """
+        base = self.venv.unwrapped
+        if isinstance(base, BatchedChunkEnv):
+            base.hold_ends(hold)
+        else:
+            self.venv.env_method("hold_ends", hold)
 
 
 def find_steering(env: gym.Env | VecEnv) -> Steering:

@@ -16,6 +16,8 @@ from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import evaluate
 from sb3_dsrl.evaluation.results import EvalResult, results_table
 from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
+from sb3_dsrl.evaluation.search import NoiseSearch, search_noise
+from sb3_dsrl.evaluation.search_result import SearchResult
 from sb3_dsrl.evaluation.steerability import steerability
 from sb3_dsrl.evaluation.steerability_report import SteerabilityReport
 from sb3_dsrl.evaluation.tickets import Ticket, find_ticket
@@ -30,10 +32,10 @@ from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
 from sb3_dsrl.stage0.validation import Validation
 from sb3_dsrl.stage1.aw_mle import aw_mle_loss
-from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_searched
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage1.pretrain import pretrain_latent
-from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, SearchedSettings
 from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 from sb3_dsrl.stage2.gamma_check import install_gamma_check
@@ -75,9 +77,12 @@ __all__ = [
     "LatentSteeringWrapper",
     "SteerablePolicy",
     "SteeredPolicy",
+    "NoiseSearch",
     "NoiseSpace",
     "ResumeCallback",
     "Rollouts",
+    "SearchResult",
+    "SearchedSettings",
     "StateEncoder",
     "SteerabilityReport",
     "SuccessEvalCallback",
@@ -97,6 +102,7 @@ __all__ = [
     "find_ticket",
     "fit_candidates",
     "fit_executed",
+    "fit_searched",
     "load_awsc_checkpoint",
     "load_demos",
     "make_chunk_env",
@@ -106,6 +112,7 @@ __all__ = [
     "pretrain_latent",
     "record_video",
     "results_table",
+    "search_noise",
     "state_layout",
     "steerability",
     "resume",

@@ -106,7 +106,7 @@ def play(
         raise ValueError(f"episodes must be at least 1, found {episodes}")
     venv = as_vec_env(env)
     noise_seed = seed if noise_seed is None else noise_seed
-    act = _actor(actor, venv, noise_seed, deterministic)
+    act = actor_function(actor, venv, noise_seed, deterministic)
     quota = quota_per_env(episodes, venv.num_envs)
     gpus = range(th.cuda.device_count() if th.cuda.is_initialized() else 0)  # manual_seed seeds them, too
     bar = tqdm(total=episodes, desc=name, disable=not progress_bar)
@@ -209,7 +209,7 @@ def _innermost(env: gym.Env | VecEnv) -> set[int]:
     return {id(inner.unwrapped) for inner in base.envs} if isinstance(base, DummyVecEnv) else {id(base)}
 
 
-def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:
+def actor_function(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:
     shape = (venv.num_envs, *venv.action_space.shape)  # type: ignore[misc]
     space: Any = venv.action_space
     if isinstance(actor, SteerablePolicy):

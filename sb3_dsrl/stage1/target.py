@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_dsrl.evaluation.rollouts import Rollouts
 from sb3_dsrl.evaluation.vec_normalize import normalizers
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
@@ -22,8 +21,19 @@ from sb3_dsrl.steering.vec_env import find_steering
 ROLLOUTS = ("flow_hash", "act_horizon", "noise_bound", "num_steps", *REWARDS)
 
 
+class PlayedNoise(Protocol):
+    """Noises of a steered env: rollouts, or what a search tried."""
+
+    #: (n, T, A) or (S, M, T, A), with T, H or 1 entries
+    w: th.Tensor
+    contract: Contract
+
+
 def steering_and_policy(
-    target: SteerablePolicy | BaseAlgorithm, rollouts: Rollouts | None, policy_kwargs: dict[str, Any] | None
+    target: SteerablePolicy | BaseAlgorithm,
+    rollouts: PlayedNoise | None,
+    policy_kwargs: dict[str, Any] | None,
+    who: str = "rollouts",
 ) -> tuple[Steering, LatentPolicy]:
     """
     What is steered, and how: as the model's env says, as the rollouts were collected, or else as the flow's own settings are.
@@ -31,6 +41,7 @@ def steering_and_policy(
     :param target: a flow, or a model with "LatentPolicy" on a steered env
     :param rollouts: that it will learn from, or None
     :param policy_kwargs: of the new policy of a flow, beside the recommended ones
+    :param who: what they are called in errors
     :return: how noise is steered, and the policy to train
     :raises TypeError: if the target is neither
     :raises ValueError: if the model has another policy, no env, or an env that is not steered or normalises observations; if
@@ -39,7 +50,7 @@ def steering_and_policy(
     if isinstance(target, SteerablePolicy):
         contract = Contract.of(target)
         if rollouts is not None:
-            check_agreement("rollouts", rollouts.contract, "flow", contract, ("flow_hash", "act_horizon"))
+            check_agreement(who, rollouts.contract, "flow", contract, ("flow_hash", "act_horizon"))
             contract = rollouts.contract
         steering = Steering(target, contract)
         spaces = steering.observation_space, steering.action_space
@@ -61,11 +72,11 @@ def steering_and_policy(
         )
     steering = find_steering(env)
     if rollouts is not None:
-        check_agreement("rollouts", rollouts.contract, "model's env", steering.contract, ROLLOUTS)
-        entries, mode = rollouts.w.shape[1], steering.contract.steer_mode
+        check_agreement(who, rollouts.contract, "model's env", steering.contract, ROLLOUTS)
+        entries, mode = rollouts.w.shape[-2], steering.contract.steer_mode
         expected = steering.action_space.shape[0]
         if entries != expected and not (mode == "act_horizon" and entries == steering.flow.pred_horizon):
-            raise ValueError(f"The rollouts steer {entries} entries of the noise, expected {expected}: see steer_mode")
+            raise ValueError(f"The {who} steer {entries} entries of the noise, expected {expected}: see steer_mode")
     return steering, target.policy
 
 

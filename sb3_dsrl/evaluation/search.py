@@ -121,7 +121,7 @@ class NoiseSearch:
         for step in range(self.horizon):
             obs, rewards, _, infos = self._sim.step(w if step == 0 else self._mean(obs))
             if any(info.get("worker_failed") for info in infos):
-                raise RuntimeError("A worker process failed during a search, and the states of its envs are lost: search again")
+                raise RuntimeError("A worker failed during a search, and the states of its envs are lost: search again")
             lengths = np.array([info["chunk_length"] for info in infos])
             self.env_steps += int(lengths.sum())
             scores += discount * rewards

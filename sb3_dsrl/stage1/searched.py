@@ -1,6 +1,7 @@
 """Noises that a search tried in the simulator, weighted by their scores.
 
-Letters in shapes: ``S`` searched states, ``B`` batch, ``M`` candidates, ``T`` = pred_horizon, ``A`` action dim, ``C`` features.
+Letters in shapes: ``S`` searched states, ``B`` batch, ``M`` candidates, ``T`` = pred_horizon, ``A`` action dim,
+``C`` features.
 """
 
 from __future__ import annotations
@@ -76,9 +77,7 @@ class SearchedNoise:
         """
         index = th.randint(len(self.cond), (batch_size,))
         weights = self.weights[index]
-        return Batch(
-            self.cond[index], self.w[index], weights, {"stage1/effective_candidates": effective_number(weights)}
-        )
+        return Batch(self.cond[index], self.w[index], weights, {"stage1/effective_candidates": effective_number(weights)})
 
 
 class BestOnHeldOut:
@@ -105,8 +104,8 @@ class BestOnHeldOut:
         """
         if done % self.every:
             return
-        rows = (x.to(policy.device) for x in (self.noise.cond, self.noise.w, self.noise.weights))
-        loss = float(aw_mle_loss(policy, *rows, self.kl_coef))
+        cond, w, weights = (x.to(policy.device) for x in (self.noise.cond, self.noise.w, self.noise.weights))
+        loss = float(aw_mle_loss(policy, cond, w, weights, self.kl_coef))
         if loss < self.loss:
             self.iterations, self.loss, self.best = done, loss, deepcopy(policy.state_dict())
 

@@ -61,7 +61,10 @@ def set_batch_state(env: Any, state: Any, env_idx: th.Tensor) -> None:
 
 
 def _has(env: Any, *names: str) -> bool:
-    return all(env.has_wrapper_attr(name) for name in names) if hasattr(env, "has_wrapper_attr") else False
+    try:
+        return all(env.get_wrapper_attr(name) is not None for name in names)
+    except AttributeError:
+        return False
 
 
 def _each(fn: Callable[[th.Tensor], th.Tensor], state: Any) -> Any:

@@ -1,8 +1,8 @@
 """States of simulators that one can go back to.
 
-An env can go back if it, or a wrapper around it, has two methods: ``get_sim_state()`` returns a state, which can be pickled, and
-``set_sim_state(state)`` goes back to it within the same episode. :mod:`sb3_dsrl.envs` gives them to ManiSkill's envs; an env of
-your own may have them.
+An env can go back if it, or a wrapper around it, has two methods: ``get_sim_state()`` returns a state, which can be pickled,
+and ``set_sim_state(state)`` goes back to it within the same episode. :mod:`sb3_dsrl.envs` gives them to ManiSkill's envs; an
+env of your own may have them.
 """
 
 from __future__ import annotations

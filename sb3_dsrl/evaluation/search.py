@@ -40,6 +40,7 @@ class NoiseSearch:
     :param horizon: macro-steps of a score
     :param share: of the macro-steps that are searched, drawn for all envs at once; at the others the proposal's mean is played
     :param value: its value network is added to the score where the horizon ends; None adds nothing
+    :param prior_std: scale of the noises from N(0, I); below 1 they stay closer to w = 0
     :param seed: of the candidates from N(0, I) and of the macro-steps that are searched
     :raises ValueError: if an argument is out of range, or the env is not steered, normalises features or rewards, or cannot
         go back to a state
@@ -53,6 +54,7 @@ class NoiseSearch:
         horizon: int = 3,
         share: float = 1.0,
         value: Value | None = None,
+        prior_std: float = 1.0,
         seed: int = 0,
     ) -> None:
         if n_candidates < 2:
@@ -61,10 +63,12 @@ class NoiseSearch:
             raise ValueError(f"horizon must be at least 1 macro-step, found {horizon}")
         if not 0 < share <= 1:
             raise ValueError(f"share is the part of the macro-steps that are searched and must lie in (0, 1], found {share}")
+        if not prior_std > 0:
+            raise ValueError(f"prior_std is a standard deviation and must be positive, found {prior_std}")
         require_raw_features(env, "The search", rewards=True)
         self.steering = find_steering(env)
         self._sim = _Simulators(as_vec_env(env))
-        self.n_candidates, self.horizon, self.share = n_candidates, horizon, share
+        self.n_candidates, self.horizon, self.share, self.prior_std = n_candidates, horizon, share, prior_std
         self._value = _value_function(value)
         self._rng = np.random.default_rng(seed)
         free = isinstance(proposal, SteerablePolicy | str)  # its mean is w = 0, its samples are N(0, I)
@@ -105,7 +109,7 @@ class NoiseSearch:
         """(N, M, T, A)"""
         space = self.steering.action_space
         shape = (len(obs), self.n_candidates, *space.shape)
-        w = self._rng.standard_normal(shape).clip(space.low, space.high).astype(np.float32)
+        w = (self.prior_std * self._rng.standard_normal(shape)).clip(space.low, space.high).astype(np.float32)
         w[:, 0] = 0.0
         if self._has_mean:
             w[:, 1] = self._mean(obs)
@@ -143,6 +147,7 @@ def search_noise(
     horizon: int = 3,
     share: float = 1.0,
     value: Value | None = None,
+    prior_std: float = 1.0,
     seed: int = 0,
     progress_bar: bool = False,
 ) -> SearchResult:
@@ -157,12 +162,13 @@ def search_noise(
     :param horizon: macro-steps of a score
     :param share: of the macro-steps that are searched
     :param value: see :class:`NoiseSearch`
+    :param prior_std: see :class:`NoiseSearch`
     :param seed: of the envs and of the noises
     :param progress_bar: show a progress bar
     :return: features, noises and scores of all macro-steps that were searched, and how the episodes went
     :raises ValueError: as :class:`NoiseSearch`, or if there is no episode to play, or none of their macro-steps was searched
     """
-    search = NoiseSearch(env, proposal, n_candidates, horizon, share, value, seed)
+    search = NoiseSearch(env, proposal, n_candidates, horizon, share, value, prior_std, seed)
     log = _Log()
     for step in play(search, env, episodes, seed, True, progress_bar, "search"):
         log.env_steps += sum(info["chunk_length"] for info in step.infos)

@@ -158,7 +158,7 @@ def test_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged"):
         SearchResult.load(tmp_path / "damaged.npz")
     np.savez(tmp_path / "numbers.npz", a=np.zeros(3))
-    with pytest.raises(ValueError, match="no file of SearchResult.save"):
+    with pytest.raises(ValueError, match="is no file of SearchResult"):
         SearchResult.load(tmp_path / "numbers.npz")
 
 

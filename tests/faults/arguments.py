@@ -9,12 +9,12 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import PPO, SAC
 
-from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, ppo_kwargs, train_flow
+from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, ppo_kwargs, search_noise, train_flow
 from sb3_dsrl.envs.maniskill import make_latent_env
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from sb3_dsrl.envs.workers import WorkerSettings
 from tests.demo_files import scripted_episode, write_demos
-from tests.envs import numbered, scripted, tiny_flow, vec_steered
+from tests.envs import RestorableEnv, numbered, scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
 
 Play = Callable[[Path], Any]
@@ -43,6 +43,10 @@ def trained(**kwargs: Any) -> Play:
 def pushcube(env_id: str = "PushCube-v1", **kwargs: Any) -> Play:
     sizes = dict(pred_horizon=4, act_horizon=4, env_id=None, control_mode="pd_joint_delta_pos")
     return lambda folder: make_latent_env(env_id, tiny_flow(35, 8, **sizes), **kwargs).close()
+
+
+def searching(**kwargs: Any) -> Play:
+    return lambda folder: search_noise(vec_steered(tiny_flow(), [RestorableEnv()]), tiny_flow(), 1, **kwargs)
 
 
 class Unbounded(gym.Wrapper):
@@ -94,6 +98,13 @@ CASES = [
     Case("prior_mix_decay 2", policy(prior_mix_decay=2.0), r"prior_mix_decay must lie in \[0, 1\], found 2.0"),
     Case("value_lr 0", policy(value_lr=0.0), "value_lr must be positive, found 0.0"),
     Case("std 0", policy(log_std_init=float("-inf")), "log_std_init must be finite, found -inf: a std is positive"),
+    Case(
+        "search in an env that cannot go back",
+        lambda folder: search_noise(vec_steered(tiny_flow(), [scripted()]), tiny_flow(), 1),
+        r"cannot go back to a state: it needs the methods get_sim_state\(\) and set_sim_state\(state\)",
+    ),
+    Case("search with one noise", searching(n_candidates=1), "n_candidates must be at least 2, found 1"),
+    Case("search without a horizon", searching(horizon=0), "horizon must be at least 1 macro-step, found 0"),
     Case("unknown steer_mode", steered(steer_mode="half"), "must be 'full', 'act_horizon' or 'shared', found 'half'"),
     Case("num_steps 0", steered(num_steps=0), "num_steps must be at least 1, found 0"),
     Case(

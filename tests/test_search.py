@@ -1,5 +1,8 @@
 """Search on an env whose best noise depends on the state and is known: scores, counts, ends of episodes, files."""
 
+import os
+import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +175,27 @@ def test_two_searches_as_one() -> None:
     with pytest.raises(ValueError, match="differ in gamma"):
         _ = first + search_noise(VecLatentSteering(DummyVecEnv([lambda: ActionChunkWrapper(GuideEnv(), 1)]), guide_flow()),
                                  guide_flow(), 1, n_candidates=5)  # fmt: skip
+
+
+class Dying(RestorableEnv):
+    """Its process ends in the middle of a search."""
+
+    def step(self, action: np.ndarray) -> tuple[Any, ...]:
+        if self.made == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "restart"])
+def test_a_worker_that_dies_ends_the_search(on_failure: Any) -> None:
+    """What it knew of its episodes is lost, whether it starts again or not."""
+    flow = tiny_flow()
+    fns = [lambda: ActionChunkWrapper(Dying(episode_lengths=(1000,)), 3, 2)] * 2
+    env = VecLatentSteering(WorkerVecEnv(fns, WorkerSettings(2, on_failure)), flow)
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match=r"Worker .* died|A worker failed during a search"):
+        warnings.simplefilter("ignore")
+        search_noise(env, flow, 2, n_candidates=2, horizon=2)
+    env.close()
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from sb3_dsrl.steering.sim_state import get_sim_states, set_sim_states
 from tests.envs import tiny_flow
 from tests.identity import OBJECTS, WINS, differences, hold, state, touched
 
-#: What PhysX remembers of contacts cannot be restored. With an object in the gripper, positions differed by up to 2.2 mm after 12
-#: env steps in 150 cases (docs/simulators.md), those after two restores of the same state by up to 1.8 mm, mostly by nothing.
+#: What PhysX remembers of contacts cannot be restored. With an object in the gripper, positions differed by up to 2.2 mm after
+#: 12 env steps in 150 cases (docs/simulators.md), and after two restores of the same state by up to 1.8 mm, mostly not at all.
 BOUND = 0.005
 
 

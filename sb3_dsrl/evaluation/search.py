@@ -12,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
-from sb3_dsrl.evaluation.play import Actor, actor_function, as_vec_env, play
+from sb3_dsrl.evaluation.play import Actor, MacroStep, actor_function, as_vec_env, play
 from sb3_dsrl.evaluation.search_result import SearchResult
 from sb3_dsrl.evaluation.vec_normalize import require_raw_features
 from sb3_dsrl.policies.base import SteerablePolicy
@@ -187,7 +187,7 @@ class _Log:
         self.finished: list[list[tuple[Any, ...]]] = []
         self._infos: list[dict[str, Any]] = []
 
-    def add(self, step: Any, searched: tuple[np.ndarray, np.ndarray] | None, gamma: float) -> None:
+    def add(self, step: MacroStep, searched: tuple[np.ndarray, np.ndarray] | None, gamma: float) -> None:
         for i, info in enumerate(step.infos):
             if info.get("worker_failed"):
                 self._open.pop(i, None)

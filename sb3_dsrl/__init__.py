@@ -11,6 +11,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
+from sb3_dsrl.envs.factory import make_chunk_env, make_latent_env
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import evaluate
@@ -48,7 +49,6 @@ from sb3_dsrl.steering.vec_env import VecLatentSteering
 from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 if TYPE_CHECKING:
-    from sb3_dsrl.envs.maniskill import make_chunk_env, make_latent_env
     from sb3_dsrl.envs.state_layout import state_layout
     from sb3_dsrl.evaluation.video import record_video
 
@@ -116,8 +116,6 @@ __all__ = [
 
 #: Importing sb3_dsrl must not import ManiSkill.
 _LAZY = {
-    "make_chunk_env": "sb3_dsrl.envs.maniskill",
-    "make_latent_env": "sb3_dsrl.envs.maniskill",
     "record_video": "sb3_dsrl.evaluation.video",
     "state_layout": "sb3_dsrl.envs.state_layout",
 }

@@ -119,9 +119,16 @@ def test_importing_is_as_light_as_importing_sb3() -> None:
     assert not added & (LAZY | {"tensorboard", "rich", "tyro", "IPython", "torchvision", "transformers", "trimesh"})
 
 
-def test_make_latent_env_imports_maniskill_when_it_is_asked_for() -> None:
-    code = "import sys, sb3_dsrl as s; m = sys.modules; print('mani_skill' in m); s.make_latent_env; print('mani_skill' in m)"
-    assert in_fresh_process(code).split()[-2:] == ["False", "True"]
+@pytest.mark.parametrize(("env_id", "imported"), [("Pendulum-v1", False), ("PushCube-v1", True)])
+def test_make_latent_env_imports_maniskill_for_its_ids_alone(env_id: str, imported: bool) -> None:
+    code = (
+        "import sys, sb3_dsrl; from sb3_dsrl.envs.factory import is_maniskill; from tests.envs import tiny_flow\n"
+        "try: sb3_dsrl.make_latent_env({!r}, tiny_flow(99, 9), n_envs=0)\n"
+        "except ValueError as error: print(error)\n"
+        "print(is_maniskill({!r}), 'mani_skill' in sys.modules)"
+    )
+    lines = in_fresh_process(code.format(env_id, env_id)).splitlines()
+    assert lines[-2:] == ["n_envs must be at least 1, found 0", f"{imported} {imported}"]
 
 
 def test_pre_commit_runs_what_make_check_runs() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_dsrl.evaluation.rollouts import Rollouts
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage1.aw_mle import FitCallback
 from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
@@ -23,7 +23,7 @@ Settings = TypeVar("Settings", bound=FitSettings)
 
 
 def pretrain_latent(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     demos: Demos | str | Path | None = None,
     rollouts: Rollouts | None = None,
     *,
@@ -46,7 +46,8 @@ def pretrain_latent(
     ``weighting="candidates"`` it is :func:`fit_candidates`: noises in the states of demos and rollouts, weighted by the
     critic.
 
-    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
     :param demos: demos, or the path of an ``.h5`` file; for candidates only
     :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`
     :param weighting: see above; "auto" takes "executed" where there are rollouts

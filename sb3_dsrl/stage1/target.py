@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch as th
@@ -12,6 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from sb3_dsrl.evaluation.rollouts import Rollouts
 from sb3_dsrl.evaluation.vec_normalize import normalizers
 from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.settings import policy_defaults
 from sb3_dsrl.steering.contract import REWARDS, Contract, check_agreement
@@ -23,12 +25,12 @@ ROLLOUTS = ("flow_hash", "act_horizon", "noise_bound", "num_steps", *REWARDS)
 
 
 def steering_and_policy(
-    target: SteerablePolicy | BaseAlgorithm, rollouts: Rollouts | None, policy_kwargs: dict[str, Any] | None
+    target: FlowLike | BaseAlgorithm, rollouts: Rollouts | None, policy_kwargs: dict[str, Any] | None
 ) -> tuple[Steering, LatentPolicy]:
     """
     What is steered, and how: as the model's env says, as the rollouts were collected, or else as the flow's own settings are.
 
-    :param target: a flow, or a model with "LatentPolicy" on a steered env
+    :param target: a flow or its folder, or a model with "LatentPolicy" on a steered env
     :param rollouts: that it will learn from, or None
     :param policy_kwargs: of the new policy of a flow, beside the recommended ones
     :return: how noise is steered, and the policy to train
@@ -36,7 +38,8 @@ def steering_and_policy(
     :raises ValueError: if the model has another policy, no env, or an env that is not steered or normalises observations; if
         rollouts are of another flow, env or part of the noise
     """
-    if isinstance(target, SteerablePolicy):
+    if isinstance(target, (SteerablePolicy, str, Path)):
+        target = resolve_flow(target)
         contract = Contract.of(target)
         if rollouts is not None:
             check_agreement("rollouts", rollouts.contract, "flow", contract, ("flow_hash", "act_horizon"))

@@ -13,10 +13,10 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.contract import REWARDS, Contract, SteerMode
-from sb3_dsrl.steering.steering import Steering, check_env_fits, check_flow, to_numpy
+from sb3_dsrl.steering.steering import Steering, check_env_fits, to_numpy
 from sb3_dsrl.utils.observations import map_frames
 
 
@@ -29,7 +29,7 @@ class LatentSteeringWrapper(gym.Wrapper):
 
     :param env: a CPU ManiSkill env as ``gym.make`` returns it, any gym env with Box spaces, or an :class:`ActionChunkWrapper`.
         SB3's ``Monitor`` may lie directly below, where ``make_vec_env`` puts it; it then records macro-steps.
-    :param flow: the policy that is steered; it is frozen
+    :param flow: the policy that is steered, or its folder (:func:`~sb3_dsrl.policies.loading.resolve_flow`); it is frozen
     :param gamma: discount per env step; None is that of an ActionChunkWrapper below, or the flow's
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
@@ -48,7 +48,7 @@ class LatentSteeringWrapper(gym.Wrapper):
     def __init__(
         self,
         env: gym.Env,
-        flow: SteerablePolicy,
+        flow: FlowLike,
         gamma: float | None = None,
         noise_bound: float = 4.0,
         steer_mode: SteerMode = "full",
@@ -59,7 +59,7 @@ class LatentSteeringWrapper(gym.Wrapper):
         allow_other_task: bool = False,
         act_horizon: int | None = None,
     ) -> None:
-        check_flow(flow)
+        flow = resolve_flow(flow)
         flow = flow if act_horizon is None else flow.with_act_horizon(act_horizon)
         asked = dict(
             gamma=gamma,

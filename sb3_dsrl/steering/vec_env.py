@@ -15,10 +15,10 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from sb3_dsrl.steering.contract import REWARDS, Contract, SteerMode
-from sb3_dsrl.steering.steering import Steering, check_env_fits, check_flow, to_numpy
+from sb3_dsrl.steering.steering import Steering, check_env_fits, to_numpy
 from sb3_dsrl.utils.observations import stack_frames
 
 
@@ -29,7 +29,7 @@ class VecLatentSteering(VecEnvWrapper):
 
     :param venv: vectorised :class:`ActionChunkWrapper` envs (in this process, in worker processes, in Ray actors) or a
         :class:`BatchedChunkEnv`
-    :param flow: the policy that is steered; it is frozen. For chunk envs of another H than its own, pass
+    :param flow: the policy that is steered, or its folder; it is frozen. For chunk envs of another H than its own, pass
         ``flow.with_act_horizon(H)``.
     :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
     :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
@@ -42,13 +42,13 @@ class VecLatentSteering(VecEnvWrapper):
     def __init__(
         self,
         venv: VecEnv,
-        flow: SteerablePolicy,
+        flow: FlowLike,
         noise_bound: float = 4.0,
         steer_mode: SteerMode = "full",
         num_steps: int | None = None,
         allow_other_task: bool = False,
     ) -> None:
-        check_flow(flow)
+        flow = resolve_flow(flow)
         if isinstance(venv, gym.vector.VectorEnv):
             raise ValueError(
                 f"VecLatentSteering expects an SB3 VecEnv of chunk envs, found {type(venv).__name__}: put it into "
@@ -59,7 +59,7 @@ class VecLatentSteering(VecEnvWrapper):
         except AttributeError as error:
             raise ValueError(
                 "VecLatentSteering expects vectorised ActionChunkWrapper envs; for one env use LatentSteeringWrapper, "
-                "for ManiSkill envs make_latent_env"
+                "for many make_latent_env"
             ) from error
         contract = Contract.of(flow, noise_bound=noise_bound, steer_mode=steer_mode, num_steps=num_steps, **settings)
         self.steering = Steering(flow, contract)

@@ -187,7 +187,7 @@ def test_stage_0_and_1_take_folders_and_leave_them_alone(tmp_path: Path) -> None
 
 
 def test_what_is_no_flow() -> None:
-    with pytest.raises(TypeError, match="flow must be a FlowPolicy or .*, or the folder of one, found int"):
+    with pytest.raises(TypeError, match=r"flow must be a FlowPolicy or .*, or the folder of one, found int"):
         LatentSteeringWrapper(scripted(), 42)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match=r"/nowhere/at/all is neither a folder written by FlowPolicy.save_pretrained"):
         make_latent_env("Pendulum-v1", "/nowhere/at/all")

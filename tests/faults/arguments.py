@@ -106,9 +106,7 @@ CASES = [
     ),
     Case("timeout 0", lambda folder: numbered(1, 1, timeout=0.0), "timeout is in seconds and must be positive, found 0.0"),
     Case("unknown env id", pushcube("PushCub-v1"), "'PushCub-v1' is not a ManiSkill environment; did you mean PushCube-v1"),
-    Case(
-        "id that nobody registered", pushcube("none:Pendulum-v1"), "'none:Pendulum-v1' cannot be made: No module named 'none'"
-    ),
+    Case("id of no module", pushcube("none:Pendulum-v1"), "'none:Pendulum-v1' cannot be made: No module named 'none'"),
     Case(
         "argument of ManiSkill for another env",
         pushcube("Pendulum-v1", sim_backend="gpu"),
@@ -135,12 +133,16 @@ CASES = [
         "max_episode_steps=7 was given, but the env that the callable returns has a TimeLimit already",
     ),
     Case(
-        "flow of another kind", lambda folder: make_latent_env("Pendulum-v1", 42), "flow must be a FlowPolicy or .*found int"
+        "flow of another kind",
+        lambda folder: make_latent_env("Pendulum-v1", 42),
+        "flow must be a FlowPolicy or .*found int",
+        TypeError,
     ),
     Case(
         "folder without a flow",
         lambda folder: LatentSteeringWrapper(scripted(), folder),
         r"holds no config.json: expected a folder written by FlowPolicy.save_pretrained",
+        FileNotFoundError,
     ),
     Case(
         "workers on a GPU",

@@ -27,8 +27,12 @@ from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
+from sb3_dsrl.stage0.lerobot_demos import load_lerobot
+from sb3_dsrl.stage0.minari_demos import load_minari
+from sb3_dsrl.stage0.robomimic_demos import load_robomimic
 from sb3_dsrl.stage0.validation import Validation
 from sb3_dsrl.stage1.aw_mle import aw_mle_loss
 from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
@@ -63,6 +67,7 @@ __all__ = [
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
+    "Demos",
     "EnsembleChunkCritic",
     "EvalResult",
     "ExactBootstrap",
@@ -99,6 +104,9 @@ __all__ = [
     "fit_executed",
     "load_awsc_checkpoint",
     "load_demos",
+    "load_lerobot",
+    "load_minari",
+    "load_robomimic",
     "make_chunk_env",
     "make_latent_env",
     "policy_defaults",

@@ -15,7 +15,9 @@ PACKAGE = ROOT / "sb3_dsrl"
 #: Public functions and methods may have this many parameters.
 MAX_PARAMETERS = 16
 #: Imported where they are used: extras, and packages that take long and that stable_baselines3 does not import either.
-LAZY = {"mani_skill", "sapien", "ray", "diffusers", "wandb", "lerobot", "imageio", "cv2", "matplotlib", "pandas", "scipy"}
+LAZY = {"mani_skill", "sapien", "ray", "diffusers", "wandb", "lerobot", "minari", "pyarrow"} | {
+    *("imageio", "cv2", "matplotlib", "pandas", "scipy")
+}
 #: The modules of this package that import ManiSkill, so that importing the package does not.
 LAZY_MODULES = {"sb3_dsrl.envs.maniskill", "sb3_dsrl.envs.maniskill_wrappers"}
 

@@ -88,7 +88,7 @@ def check_demos_fit(flow: SteerablePolicy, demos: Demos) -> None:
     :param flow: the policy
     :param demos: the demos
     :raises ValueError: if demos and flow differ in observation mode, shapes of observations, action size, control mode or
-        env id
+        env id; what one of them does not know differs from nothing
     """
     for what, found, expected in (
         ("obs_mode", demos.obs_mode, flow.obs_mode),
@@ -97,5 +97,5 @@ def check_demos_fit(flow: SteerablePolicy, demos: Demos) -> None:
         ("control_mode", demos.control_mode, flow.control_mode),
         ("env_id", demos.env_id, flow.env_id),
     ):
-        if expected is not None and found != expected:
+        if None not in (expected, found) and found != expected:
             raise ValueError(f"{demos.path} does not fit the flow: {what} is {found!r} in the demos, {expected!r} in the flow")

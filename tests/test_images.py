@@ -316,9 +316,7 @@ def test_images_are_rendered_on_the_gpu_where_there_is_one(gpu: bool, monkeypatc
     asked["rgb on the CPU"] = dict(obs_mode="rgb", render_backend="cpu")
     for name, kwargs in asked.items():
         hidden: list[bool] = []
-        monkeypatch.setattr(
-            worker_vec_env, "WorkerVecEnv", lambda fns, settings, hide_gpu, to=hidden: to.append(hide_gpu)
-        )
+        monkeypatch.setattr(worker_vec_env, "WorkerVecEnv", lambda fns, settings, hide_gpu, to=hidden: to.append(hide_gpu))
         make_chunk_env("PushCube-v1", 2, **kwargs)
         backend = maniskill.maniskill_kwargs("PushCube-v1", **({"obs_mode": "state"} | kwargs))["render_backend"]
         found[name] = (backend, hidden[0])

@@ -49,7 +49,7 @@ def steering_and_policy(
         kwargs = policy_defaults(contract.steer_mode) | (policy_kwargs or {})
         return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **kwargs)
     if not isinstance(target, BaseAlgorithm):
-        raise TypeError(f"Stage 1 expects a FlowPolicy or a model with 'LatentPolicy', found {type(target).__name__}")
+        raise TypeError(f"Stage 1 expects a FlowPolicy, its folder, or a model with 'LatentPolicy', found {type(target).__name__}")
     if policy_kwargs is not None:
         raise ValueError("policy_kwargs describe a new policy, but a model was given; pass them to the model")
     if not isinstance(target.policy, LatentPolicy):
@@ -63,6 +63,11 @@ def steering_and_policy(
             "they are: use VecNormalize(..., norm_obs=False)"
         )
     steering = find_steering(env)
+    if env.observation_space != steering.observation_space:
+        raise ValueError(
+            f"The model's policy sees {env.observation_space}, but stage 1 learns from the flow's features, "
+            f"{steering.observation_space}: train without wrappers that change observations"
+        )
     if rollouts is not None:
         check_agreement("rollouts", rollouts.contract, "model's env", steering.contract, ROLLOUTS)
         entries, mode = rollouts.w.shape[1], steering.contract.steer_mode

@@ -49,7 +49,9 @@ def steering_and_policy(
         kwargs = policy_defaults(contract.steer_mode) | (policy_kwargs or {})
         return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **kwargs)
     if not isinstance(target, BaseAlgorithm):
-        raise TypeError(f"Stage 1 expects a FlowPolicy, its folder, or a model with 'LatentPolicy', found {type(target).__name__}")
+        raise TypeError(
+            f"Stage 1 expects a FlowPolicy, its folder, or a model with 'LatentPolicy', found {type(target).__name__}"
+        )
     if policy_kwargs is not None:
         raise ValueError("policy_kwargs describe a new policy, but a model was given; pass them to the model")
     if not isinstance(target.policy, LatentPolicy):

@@ -200,18 +200,16 @@ def test_vec_frame_stack_is_refused_where_features_are_needed(env: VecEnv) -> No
     rollouts = collect_rollouts("prior", env, 2)
     stacked = VecFrameStack(env, 2)
     model = model_on(stacked).learn(64)  # PPO itself can do with any observation
-    with pytest.raises(ValueError, match="train without wrappers that change observations"):
+    with pytest.raises(ValueError, match="train with obs='features', without wrappers that change observations"):
         SteeredPolicy.of(model)
-    with pytest.raises(
-        ValueError, match=r"sees Box\(-inf, inf, \(6,\).* features, Box\(-inf, inf, \(3,\).*train without wrap"
-    ):
+    with pytest.raises(ValueError, match=r"sees Box\(-inf, inf, \(6,\).* features, Box\(-inf, inf, \(3,\).*train with obs="):
         pretrain_latent(model, rollouts=rollouts, n_iterations=1)
     with pytest.raises(
-        ValueError, match=r"needs the flow's own features, .* but VecFrameStack makes Box\(.*\(6,\), float32\)"
+        ValueError, match=r"needs the flow's own features, .* but VecFrameStack shows Box\(.*\(6,\), float32\)"
     ):
         collect_rollouts("prior", stacked, 2)
     gym_form = gym.wrappers.FrameStackObservation(LatentSteeringWrapper(gym.make("Pendulum-v1"), Swing()), 2)
-    with pytest.raises(ValueError, match=r"but FrameStackObservation makes Box\(.*\(2, 3\), float32\) of them"):
+    with pytest.raises(ValueError, match=r"but FrameStackObservation shows Box\(.*\(2, 3\), float32\)"):
         collect_rollouts("prior", gym_form, 2)
 
 

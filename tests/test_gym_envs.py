@@ -8,6 +8,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.wrappers import RescaleAction, TimeLimit
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from sb3_dsrl import (
     ActionChunkWrapper,
@@ -152,6 +154,21 @@ def test_a_folder_is_as_good_as_its_flow(folder: Path, flow: FlowPolicy) -> None
             np.testing.assert_array_equal(vec.reset()[0], first)
             np.testing.assert_array_equal(vec.step(w[None])[0][0], second)
         assert Steering(named).flow.fingerprint() == flow.fingerprint()
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_make_vec_env_with_the_name_of_a_folder(folder: Path, vec_env_cls: type[Any]) -> None:
+    """Processes that have not imported this package, too."""
+    named = dict(env_id="Pendulum-v1", flow=str(folder))
+    registered = make_vec_env("sb3_dsrl:sb3_dsrl/Latent-v0", 2, seed=0, env_kwargs=named, vec_env_cls=vec_env_cls)
+    wrapping: dict[str, Any] = dict(wrapper_class=LatentSteeringWrapper, wrapper_kwargs=dict(flow=str(folder)))
+    wrapped = make_vec_env("Pendulum-v1", 2, seed=0, **wrapping, vec_env_cls=vec_env_cls)
+    np.testing.assert_array_equal(registered.reset(), wrapped.reset())
+    w = np.full((2, 4, 1), 0.5, np.float32)
+    for ours, theirs in zip(registered.step(w)[:3], wrapped.step(w)[:3], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    registered.close()
+    wrapped.close()
 
 
 def test_one_copy_of_the_weights_for_all_who_name_the_folder(folder: Path) -> None:

@@ -157,7 +157,7 @@ def test_of_takes_the_decoding_steps_of_the_env(flow: FlowPolicy, tmp_path: Path
     [
         (lambda env: PPO("MlpPolicy", env, n_steps=8), "of expects a model with 'LatentPolicy', found ActorCriticPolicy"),
         (lambda env: small(VecNormalize(env)), "features that VecNormalize has normalised"),
-        (lambda env: small(VecFrameStack(env, 2)), "train without wrappers that change observations"),
+        (lambda env: small(VecFrameStack(env, 2)), "without wrappers that change observations"),
     ],
 )
 def test_of_refuses(make: Callable[[Any], Any], sentence: str, env: Any) -> None:

@@ -16,6 +16,7 @@ from sb3_dsrl.envs.gym_envs import EnvMaker
 from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.steering.contract import SteerMode
 from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
+from sb3_dsrl.steering.observing import ObsKind
 from sb3_dsrl.steering.vec_env import VecLatentSteering
 
 
@@ -32,6 +33,7 @@ def make_latent_env(
     num_steps: int | None = None,
     allow_other_task: bool = False,
     seed: int | None = None,
+    obs: ObsKind = "features",
     **chunk_env_kwargs: Any,
 ) -> VecLatentSteering:
     """
@@ -50,6 +52,7 @@ def make_latent_env(
     :param num_steps: decoding steps; None is the flow's own
     :param allow_other_task: accept another task than the one that the flow was trained on
     :param seed: env i is seeded with ``seed + i`` at its first reset
+    :param obs: what is seen: "features" of the flow, the "env"'s frames, or "both" as a dict
     :param chunk_env_kwargs: further arguments of :func:`make_chunk_env`: for any env ``max_episode_steps``,
         ``ignore_terminations`` and ``workers``; for ManiSkill ``sim_backend``, ``reward_mode`` and what ``gym.make`` takes;
         for others ``env_kwargs``, ``wrapper_class``, ``wrapper_kwargs``, ``success_key`` and ``cut_at_time_limit``. ``gamma``
@@ -66,7 +69,7 @@ def make_latent_env(
         kwargs = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode) | kwargs
     venv = make_chunk_env(env_id, n_envs, act_horizon=flow.act_horizon, obs_horizon=flow.obs_horizon, **kwargs)
     try:
-        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task)
+        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task, obs)
     except BaseException:
         venv.close()
         raise

@@ -43,8 +43,8 @@ def require_raw_features(env: gym.Env | VecEnv, who: str, rewards: bool = False)
     features = find_steering(env).observation_space
     if env.observation_space != features:
         raise ValueError(
-            f"{who} needs the flow's own features, {features}, but {type(env).__name__} makes {env.observation_space} of "
-            f"them: pass the env below it"
+            f"{who} needs the flow's own features, {features}, but {type(env).__name__} shows {env.observation_space}: steer "
+            f"with obs='features', without wrappers that change observations"
         )
 
 

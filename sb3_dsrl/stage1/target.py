@@ -68,7 +68,7 @@ def steering_and_policy(
     if env.observation_space != steering.observation_space:
         raise ValueError(
             f"The model's policy sees {env.observation_space}, but stage 1 learns from the flow's features, "
-            f"{steering.observation_space}: train without wrappers that change observations"
+            f"{steering.observation_space}: train with obs='features', without wrappers that change observations"
         )
     if rollouts is not None:
         check_agreement("rollouts", rollouts.contract, "model's env", steering.contract, ROLLOUTS)

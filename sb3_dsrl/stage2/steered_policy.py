@@ -90,7 +90,7 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         if env.observation_space != steering.observation_space:
             raise ValueError(
                 f"The model's policy sees {env.observation_space}, but the flow's features are {steering.observation_space}: "
-                f"train without wrappers that change observations"
+                f"train with obs='features', without wrappers that change observations"
             )
         return cls(steering.flow, policy.copy(action_space=steering.action_space))
 

@@ -16,6 +16,7 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.contract import REWARDS, Contract, SteerMode
+from sb3_dsrl.steering.observing import Observer, ObsKind
 from sb3_dsrl.steering.steering import Steering, check_env_fits, to_numpy
 from sb3_dsrl.utils.observations import map_frames
 
@@ -42,6 +43,8 @@ class LatentSteeringWrapper(gym.Wrapper):
         :class:`ActionChunkWrapper`; None is as in an ActionChunkWrapper below, or False
     :param allow_other_task: accept an env with another id than the one that the flow was trained on
     :param act_horizon: H, see :meth:`~sb3_dsrl.policies.base.SteerablePolicy.with_act_horizon`; None is the flow's own
+    :param obs: what is seen: "features" of the flow, the "env"'s frames, or "both" as a dict. Stage 1, rollouts and
+        :class:`~sb3_dsrl.SteeredPolicy` need "features".
     :raises ValueError: if flow and env do not fit
     """
 
@@ -58,6 +61,7 @@ class LatentSteeringWrapper(gym.Wrapper):
         cut_at_time_limit: bool | None = None,
         allow_other_task: bool = False,
         act_horizon: int | None = None,
+        obs: ObsKind = "features",
     ) -> None:
         flow = resolve_flow(flow)
         flow = flow if act_horizon is None else flow.with_act_horizon(act_horizon)
@@ -88,7 +92,8 @@ class LatentSteeringWrapper(gym.Wrapper):
         self.steering = Steering(flow, contract)
         fits = chunk_env.observation_space, chunk_env.action_space, chunk_env.env_id, chunk_env.control_mode
         check_env_fits(flow, *fits, allow_other_task)
-        self.observation_space, self.action_space = self.steering.observation_space, self.steering.action_space
+        self._observer = Observer(obs, self.steering.observation_space, chunk_env.observation_space)
+        self.observation_space, self.action_space = self._observer.space, self.steering.action_space
         self._cond = th.zeros(1, flow.cond_dim, device=flow.device)
 
     @property
@@ -96,28 +101,28 @@ class LatentSteeringWrapper(gym.Wrapper):
         """Discount of one macro-step, ``gamma ** H``: pass it to PPO as ``gamma``."""
         return self.steering.contract.macro_gamma
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """
         Starts an episode.
 
         :param seed: of the env and of the unsteered tail of the noise; None goes on
         :param options: of the env's reset
-        :return: features (C,), info
+        :return: features (C,), or what ``obs`` asked for; info
         """
         if seed is not None:
             self.steering.seed(seed)
         obs, info = self.env.reset(seed=seed, options=options)
-        return self._encode(obs), info
+        return self._seen(obs), info
 
-    def step(self, w: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, w: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """
         :param w: noise, (T, A), (H, A) or (1, A), see ``steer_mode``
-        :return: features (C,), macro reward, terminated, truncated, info
+        :return: features (C,), or what ``obs`` asked for; macro reward, terminated, truncated, info
         """
         chunk = to_numpy(self.steering.chunk(self._cond, w[None]))[0]
         obs, reward, terminated, truncated, info = self.env.step(chunk)
-        return self._encode(obs), float(reward), terminated, truncated, dict(info, action_chunk=chunk)
+        return self._seen(obs), float(reward), terminated, truncated, dict(info, action_chunk=chunk)
 
-    def _encode(self, obs: Any) -> np.ndarray:
+    def _seen(self, obs: Any) -> Any:
         self._cond = self.steering.encode(map_frames(lambda x: x[None], obs))
-        return to_numpy(self._cond)[0]
+        return self._observer(self._cond[0], obs)

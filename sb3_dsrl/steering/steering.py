@@ -188,6 +188,6 @@ def check_env_fits(
             raise ValueError(f"The env does not fit the flow: its {what} = {found}, but the flow's are {expected}")
 
 
-def to_numpy(x: th.Tensor) -> np.ndarray:
-    """A NumPy copy of a tensor on any device."""
-    return x.cpu().numpy().copy()  # copied: what is handed out may be written to
+def to_numpy(x: th.Tensor | np.ndarray) -> np.ndarray:
+    """A NumPy copy of a tensor on any device, or of an array."""
+    return (x.cpu().numpy() if isinstance(x, th.Tensor) else x).copy()  # copied: what is handed out may be written to

@@ -69,7 +69,7 @@ def make_latent_env(
         kwargs = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode) | kwargs
     venv = make_chunk_env(env_id, n_envs, act_horizon=flow.act_horizon, obs_horizon=flow.obs_horizon, **kwargs)
     try:
-        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task, obs)
+        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task, obs=obs)
     except BaseException:
         venv.close()
         raise

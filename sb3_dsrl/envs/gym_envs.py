@@ -134,7 +134,7 @@ def make_chunk_env(
             make(), act_horizon, obs_horizon, gamma, ignore_terminations, reward_scale, cut_at_time_limit
         )
 
-    return spread_envs(make_chunked, n_envs, workers, hide_gpu=False)
+    return spread_envs(make_chunked, n_envs, workers, hide_gpu=False)  # nobody knows whether these envs need it
 
 
 def _spec(env_id: str) -> gym.envs.registration.EnvSpec:

@@ -128,5 +128,5 @@ def _advice(env_id: str) -> str:
     if env_id in gym.registry:
         return ", but gymnasium's"
     close = difflib.get_close_matches(env_id, gym.registry, n=3)  # ManiSkill's are among them
-    meant = f"; did you mean {' or '.join(close)}?" if close else ";"
-    return f"{meant} ids of other packages are known once those are imported"
+    meant = f"; did you mean {' or '.join(close)}? Ids" if close else "; ids"
+    return f"{meant} of other packages are known once those are imported"

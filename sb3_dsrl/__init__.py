@@ -11,6 +11,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
+from sb3_dsrl.envs.factory import make_chunk_env, make_latent_env
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import evaluate
@@ -28,8 +29,12 @@ from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
+from sb3_dsrl.stage0.lerobot_demos import load_lerobot
+from sb3_dsrl.stage0.minari_demos import load_minari
+from sb3_dsrl.stage0.robomimic_demos import load_robomimic
 from sb3_dsrl.stage0.validation import Validation
 from sb3_dsrl.stage1.aw_mle import aw_mle_loss
 from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_searched
@@ -50,7 +55,6 @@ from sb3_dsrl.steering.vec_env import VecLatentSteering
 from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 if TYPE_CHECKING:
-    from sb3_dsrl.envs.maniskill import make_chunk_env, make_latent_env
     from sb3_dsrl.envs.state_layout import state_layout
     from sb3_dsrl.evaluation.video import record_video
 
@@ -65,6 +69,7 @@ __all__ = [
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
+    "Demos",
     "EnsembleChunkCritic",
     "EvalResult",
     "ExactBootstrap",
@@ -105,6 +110,9 @@ __all__ = [
     "fit_searched",
     "load_awsc_checkpoint",
     "load_demos",
+    "load_lerobot",
+    "load_minari",
+    "load_robomimic",
     "make_chunk_env",
     "make_latent_env",
     "policy_defaults",
@@ -123,8 +131,6 @@ __all__ = [
 
 #: Importing sb3_dsrl must not import ManiSkill.
 _LAZY = {
-    "make_chunk_env": "sb3_dsrl.envs.maniskill",
-    "make_latent_env": "sb3_dsrl.envs.maniskill",
     "record_video": "sb3_dsrl.evaluation.video",
     "state_layout": "sb3_dsrl.envs.state_layout",
 }

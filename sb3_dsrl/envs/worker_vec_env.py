@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_dsrl.envs.workers import START_TIMEOUT, EnvFn, WorkerError, WorkerSettings
@@ -190,6 +190,29 @@ class WorkerVecEnv(VecEnv):
             for j in range(n)
         ]
         return obs, np.zeros(n, np.float32), np.ones(n, bool), infos, reset_infos
+
+
+def spread_envs(make: EnvFn, n_envs: int, workers: WorkerSettings | None = None, hide_gpu: bool = True) -> VecEnv:
+    """
+    Envs that are made alike: one in this process, several in workers.
+
+    :param make: makes one
+    :param n_envs: N
+    :param workers: how they are spread over workers; None is the default, and no worker for one env
+    :param hide_gpu: see :class:`WorkerVecEnv`
+    :raises ValueError: if there is no env to make, or ``make`` raises it
+    :raises WorkerError: if ``make`` raises something else in a worker
+    """
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, found {n_envs}")
+    if n_envs == 1 and workers is None:
+        return DummyVecEnv([make])
+    try:
+        return WorkerVecEnv([make] * n_envs, workers, hide_gpu)
+    except WorkerError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None  # as it is with one env in this process
+        raise
 
 
 def _joined(parts: Sequence[Any]) -> Any:

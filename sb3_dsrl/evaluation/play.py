@@ -19,6 +19,7 @@ from sb3_dsrl.evaluation.vec_normalize import require_raw_features, statistics_k
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.contract import PLAYING, check_act_horizon, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
+from sb3_dsrl.utils.observations import map_frames
 
 
 class Predictor(Protocol):
@@ -46,12 +47,12 @@ Actor = Predictor | HasLatent | SteerablePolicy | str | np.ndarray
 class MacroStep:
     """One step of all envs; ``counts`` says which of them still play an episode of their quota."""
 
-    obs: np.ndarray
+    obs: Any
     w: np.ndarray
     rewards: np.ndarray
     dones: np.ndarray
     infos: list[dict[str, Any]]
-    next_obs: np.ndarray
+    next_obs: Any
     counts: np.ndarray
 
 
@@ -112,18 +113,18 @@ def play(
     bar = tqdm(total=episodes, desc=name, disable=not progress_bar)
     with bar, th.random.fork_rng(gpus), statistics_kept(venv), _own_env_left_behind(actor, venv):
         venv.seed(seed)
-        obs = np.asarray(venv.reset())
+        obs: Any = map_frames(np.asarray, venv.reset())
         th.manual_seed(noise_seed)
         while quota.any():
             w = act(obs)
             next_obs, rewards, dones, infos = venv.step(w)
             failed = np.array([info.get("worker_failed", False) for info in infos])
             counts = (quota > 0) & ~failed  # the episode that a failed worker lost is played again
-            yield MacroStep(obs, w, rewards, dones, infos, np.asarray(next_obs), counts)
+            yield MacroStep(obs, w, rewards, dones, infos, map_frames(np.asarray, next_obs), counts)
             finished = dones & counts
             bar.update(int(finished.sum()))
             quota = quota - finished
-            obs = np.asarray(next_obs)
+            obs = map_frames(np.asarray, next_obs)
 
 
 def evaluate(

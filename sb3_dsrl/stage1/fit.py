@@ -12,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_dsrl.evaluation.rollouts import Rollouts
 from sb3_dsrl.evaluation.search_result import SearchResult
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
@@ -33,7 +33,7 @@ from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 
 def fit_executed(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     rollouts: Rollouts,
     settings: ExecutedSettings | None = None,
     *,
@@ -50,7 +50,8 @@ def fit_executed(
     """
     Stage 1 from the noises that rollouts executed, weighted by their advantages. It needs neither demos nor a critic.
 
-    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
     :param rollouts: of the frozen flow or of the policy so far, from :func:`~sb3_dsrl.collect_rollouts`
     :param settings: None is the recommended ones
     :param policy_kwargs: of the new policy, beside the recommended ones; only when ``target`` is a flow. A model that it is
@@ -81,7 +82,7 @@ def fit_executed(
 
 
 def fit_searched(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     search: SearchResult,
     settings: SearchedSettings | None = None,
     *,
@@ -100,7 +101,8 @@ def fit_searched(
     comes of it needs no simulator. (Search with the policy so far as proposal, and learning from that again, is expert
     iteration, https://arxiv.org/abs/1705.08439.)
 
-    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
     :param search: from :func:`~sb3_dsrl.search_noise`
     :param settings: None is the recommended ones
     :param policy_kwargs: see :func:`fit_executed`, as all that follow
@@ -138,7 +140,7 @@ def fit_searched(
 
 
 def fit_candidates(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     demos: Demos | str | Path | None = None,
     rollouts: Rollouts | None = None,
     settings: CandidateSettings | None = None,
@@ -158,7 +160,8 @@ def fit_candidates(
     states are those of demos and rollouts. If rollouts are given, a copy of the critic is first trained on all of it, so that
     it has seen failures.
 
-    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
     :param demos: demos, or the path of an ``.h5`` file
     :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`
     :param settings: None is the recommended ones

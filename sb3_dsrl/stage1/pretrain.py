@@ -10,7 +10,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_dsrl.evaluation.rollouts import Rollouts
 from sb3_dsrl.evaluation.search_result import SearchResult
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage1.aw_mle import FitCallback
 from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_searched
@@ -24,7 +24,7 @@ Settings = TypeVar("Settings", bound=FitSettings)
 
 
 def pretrain_latent(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     demos: Demos | str | Path | None = None,
     rollouts: Rollouts | None = None,
     *,
@@ -48,7 +48,8 @@ def pretrain_latent(
     ``weighting="candidates"`` it is :func:`fit_candidates`: noises in the states of demos and rollouts, weighted by the
     critic. With ``search`` it is :func:`fit_searched`: noises that were tried in the simulator, weighted by what followed.
 
-    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
     :param demos: demos, or the path of an ``.h5`` file; for candidates only
     :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`
     :param search: from :func:`~sb3_dsrl.search_noise`; it is then all that stage 1 learns from

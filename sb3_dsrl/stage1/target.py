@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch as th
@@ -11,6 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_dsrl.evaluation.vec_normalize import normalizers
 from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.settings import policy_defaults
 from sb3_dsrl.steering.contract import REWARDS, Contract, check_agreement
@@ -30,7 +32,7 @@ class PlayedNoise(Protocol):
 
 
 def steering_and_policy(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     rollouts: PlayedNoise | None,
     policy_kwargs: dict[str, Any] | None,
     who: str = "rollouts",
@@ -38,7 +40,7 @@ def steering_and_policy(
     """
     What is steered, and how: as the model's env says, as the rollouts were collected, or else as the flow's own settings are.
 
-    :param target: a flow, or a model with "LatentPolicy" on a steered env
+    :param target: a flow or its folder, or a model with "LatentPolicy" on a steered env
     :param rollouts: that it will learn from, or None
     :param policy_kwargs: of the new policy of a flow, beside the recommended ones
     :param who: what they are called in errors
@@ -47,7 +49,8 @@ def steering_and_policy(
     :raises ValueError: if the model has another policy, no env, or an env that is not steered or normalises observations; if
         rollouts are of another flow, env or part of the noise
     """
-    if isinstance(target, SteerablePolicy):
+    if isinstance(target, (SteerablePolicy, str, Path)):
+        target = resolve_flow(target)
         contract = Contract.of(target)
         if rollouts is not None:
             check_agreement(who, rollouts.contract, "flow", contract, ("flow_hash", "act_horizon"))
@@ -57,7 +60,9 @@ def steering_and_policy(
         kwargs = policy_defaults(contract.steer_mode) | (policy_kwargs or {})
         return steering, LatentPolicy(*spaces, lr_schedule=lambda _: 3e-4, **kwargs)
     if not isinstance(target, BaseAlgorithm):
-        raise TypeError(f"Stage 1 expects a FlowPolicy or a model with 'LatentPolicy', found {type(target).__name__}")
+        raise TypeError(
+            f"Stage 1 expects a FlowPolicy, its folder, or a model with 'LatentPolicy', found {type(target).__name__}"
+        )
     if policy_kwargs is not None:
         raise ValueError("policy_kwargs describe a new policy, but a model was given; pass them to the model")
     if not isinstance(target.policy, LatentPolicy):
@@ -71,6 +76,11 @@ def steering_and_policy(
             "they are: use VecNormalize(..., norm_obs=False)"
         )
     steering = find_steering(env)
+    if env.observation_space != steering.observation_space:
+        raise ValueError(
+            f"The model's policy sees {env.observation_space}, but stage 1 learns from the flow's features, "
+            f"{steering.observation_space}: train with obs='features', without wrappers that change observations"
+        )
     if rollouts is not None:
         check_agreement(who, rollouts.contract, "model's env", steering.contract, ROLLOUTS)
         entries, mode = rollouts.w.shape[-2], steering.contract.steer_mode

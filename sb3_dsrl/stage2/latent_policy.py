@@ -11,6 +11,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_device
 from torch import nn
@@ -22,6 +23,7 @@ from sb3_dsrl.stage2.policy_file import from_config, read_policy_file, to_config
 from sb3_dsrl.steering.contract import PLAYING, Contract, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.utils.integrity import one_line
+from sb3_dsrl.utils.observations import map_frames
 
 LOG_STD_RANGE = (-5.0, 2.0)
 
@@ -36,7 +38,7 @@ class LatentPolicy(ActorCriticPolicy):
     :meth:`forward` and :meth:`evaluate_actions` both use the mixture's density. ``predict`` uses pi alone. eps decays by
     ``prior_mix_decay`` between an update and the rollout after it.
 
-    :param observation_space: the flow's features, (C,)
+    :param observation_space: the flow's features, (C,), or what ``obs`` of the steered env makes of them
     :param action_space: flow noise, (T, A), (H, A) or (1, A), see ``steer_mode``
     :param lr_schedule: learning rate of the policy; the value network's follows it in proportion
     :param net_arch: hidden layers, as in SB3; None is two of 256 for the policy and two for the value
@@ -100,6 +102,8 @@ class LatentPolicy(ActorCriticPolicy):
                 f"{optimizer_class.__name__} knows no lr_scale: set value_lr=None or use one of sb3_dsrl.stage2.optimizers"
             )
         kwargs["optimizer_class"] = optimizer_class
+        if isinstance(observation_space, spaces.Dict):
+            kwargs.setdefault("features_extractor_class", CombinedExtractor)
         kwargs["optimizer_kwargs"] = {"eps": 1e-5, **(kwargs.get("optimizer_kwargs") or {})}
         super().__init__(
             observation_space, action_space, lr_schedule, net_arch, activation_fn, log_std_init=log_std_init, **kwargs
@@ -275,7 +279,7 @@ class LatentPolicy(ActorCriticPolicy):
             check_agreement("policy", self.contract, "model's env", target.contract, (*PLAYING, "gamma"))
         for name, expected, found in (
             ("noise shape", target.action_space.shape, self.action_space.shape),
-            ("number of features", target.observation_space.shape, self.observation_space.shape),
+            ("shape of an observation", _shapes(target.observation_space), _shapes(self.observation_space)),
             ("net_arch", target.net_arch, self.net_arch),
             ("activation_fn", target.activation_fn, self.activation_fn),
         ):
@@ -285,3 +289,7 @@ class LatentPolicy(ActorCriticPolicy):
         for name in ("prior_mix", "_decay_due"):
             weights[name] = target.state_dict()[name]
         target.load_state_dict(weights)
+
+
+def _shapes(space: spaces.Space) -> Any:
+    return map_frames(lambda part: part.shape, space.spaces if isinstance(space, spaces.Dict) else space)

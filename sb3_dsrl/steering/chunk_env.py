@@ -75,7 +75,7 @@ class ActionChunkWrapper(gym.Wrapper):
     ) -> None:
         if isinstance(env, (VecEnv, gym.vector.VectorEnv)):
             raise ValueError(
-                f"This wrapper is for one env, found {type(env).__name__} with {env.num_envs}; for many ManiSkill envs use "
+                f"This wrapper is for one env, found {type(env).__name__} with {env.num_envs}; for many envs use "
                 f"make_latent_env, for an SB3 VecEnv of chunk envs VecLatentSteering"
             )
         _check_layers(env)

@@ -10,37 +10,25 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import CloudpickleWrapper
 
 from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.steering.contract import Contract
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.utils.observations import map_frames
-
-
-def check_flow(flow: Any) -> None:
-    """
-    :param flow: what was passed as the flow
-    :raises TypeError: if this is not a flow, but the name of one, say
-    """
-    if not isinstance(flow, SteerablePolicy):
-        raise TypeError(
-            f"flow must be a FlowPolicy or another SteerablePolicy, found {type(flow).__name__}; "
-            f"load one with FlowPolicy.from_pretrained(folder)"
-        )
 
 
 class Steering:
     """
     A frozen flow together with how its noise is presented to RL.
 
-    :param flow: the policy that is steered; it is frozen
+    :param flow: the policy that is steered, or its folder; it is frozen
     :param contract: which noise is steered, how it is decoded and what it is rewarded for; None is ``Contract.of(flow)``
     :param seed: of the generator that draws the unsteered tail of the noise
     :raises TypeError: if this is not a policy
     :raises ValueError: if the contract is of another flow
     """
 
-    def __init__(self, flow: SteerablePolicy, contract: Contract | None = None, seed: int | None = None) -> None:
-        check_flow(flow)
-        self.flow = flow.freeze()
+    def __init__(self, flow: FlowLike, contract: Contract | None = None, seed: int | None = None) -> None:
+        flow = self.flow = resolve_flow(flow).freeze()
         self.contract = contract or Contract.of(flow)
         if self.contract.flow_hash != flow.fingerprint():
             raise ValueError(f"The contract is of flow {self.contract.flow_hash}, but this is flow {flow.fingerprint()}")
@@ -212,6 +200,6 @@ def check_env_fits(
             raise ValueError(f"The env does not fit the flow: its {what} = {found}, but the flow's are {expected}")
 
 
-def to_numpy(x: th.Tensor) -> np.ndarray:
-    """A NumPy copy of a tensor on any device."""
-    return x.cpu().numpy().copy()  # copied: what is handed out may be written to
+def to_numpy(x: th.Tensor | np.ndarray) -> np.ndarray:
+    """A NumPy copy of a tensor on any device, or of an array."""
+    return (x.cpu().numpy() if isinstance(x, th.Tensor) else x).copy()  # copied: what is handed out may be written to

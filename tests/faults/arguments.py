@@ -9,8 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import PPO, SAC
 
-from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, ppo_kwargs, search_noise, train_flow
-from sb3_dsrl.envs.maniskill import make_latent_env
+from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, make_latent_env, ppo_kwargs, search_noise, train_flow
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from sb3_dsrl.envs.workers import WorkerSettings
 from tests.demo_files import scripted_episode, write_demos
@@ -118,10 +117,43 @@ CASES = [
     ),
     Case("timeout 0", lambda folder: numbered(1, 1, timeout=0.0), "timeout is in seconds and must be positive, found 0.0"),
     Case("unknown env id", pushcube("PushCub-v1"), "'PushCub-v1' is not a ManiSkill environment; did you mean PushCube-v1"),
+    Case("id of no module", pushcube("none:Pendulum-v1"), "'none:Pendulum-v1' cannot be made: No module named 'none'"),
     Case(
-        "id of another library",
-        pushcube("Pendulum-v1"),
-        "'Pendulum-v1' is not a ManiSkill .*, but gymnasium's; .*make_vec",
+        "argument of ManiSkill for another env",
+        pushcube("Pendulum-v1", sim_backend="gpu"),
+        r"'Pendulum-v1' is not ManiSkill's, and does not know sim_backend; .*env_kwargs=dict\(...\)",
+    ),
+    Case(
+        "argument of gymnasium's envs for ManiSkill",
+        pushcube(env_kwargs={}, success_key="done"),
+        "'PushCube-v1' is ManiSkill's, and does not know env_kwargs, success_key; .*arguments of gym.make directly",
+    ),
+    Case(
+        "argument that the env does not know",
+        pushcube("Pendulum-v1", env_kwargs=dict(gravity=3.0)),
+        "Pendulum-v1 cannot be made as asked for: .*unexpected keyword argument 'gravity'",
+    ),
+    Case(
+        "wrapper_kwargs without wrapper_class",
+        pushcube("Pendulum-v1", wrapper_kwargs=dict(a=1)),
+        r"wrapper_kwargs holds \['a'\], but there is no wrapper_class",
+    ),
+    Case(
+        "two time limits",
+        lambda folder: make_latent_env(lambda: gym.make("Pendulum-v1"), tiny_flow(3, 1), max_episode_steps=7),
+        "max_episode_steps=7 was given, but the env that the callable returns has a TimeLimit already",
+    ),
+    Case(
+        "flow of another kind",
+        lambda folder: make_latent_env("Pendulum-v1", 42),
+        "flow must be a FlowPolicy or .*found int",
+        TypeError,
+    ),
+    Case(
+        "folder without a flow",
+        lambda folder: LatentSteeringWrapper(scripted(), folder),
+        r"holds no config.json: expected a folder written by FlowPolicy.save_pretrained",
+        FileNotFoundError,
     ),
     Case(
         "workers on a GPU",

@@ -14,6 +14,7 @@ import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import evaluate
+from sb3_dsrl.evaluation.residual import without_residual
 from sb3_dsrl.evaluation.results import EvalResult, results_table
 from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
 from sb3_dsrl.evaluation.steerability import steerability
@@ -111,6 +112,7 @@ __all__ = [
     "resume",
     "train_critic",
     "train_flow",
+    "without_residual",
 ]
 
 

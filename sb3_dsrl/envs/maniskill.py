@@ -40,6 +40,7 @@ def make_latent_env(
     steer_mode: SteerMode = "full",
     num_steps: int | None = None,
     allow_other_task: bool = False,
+    residual_scale: float | None = None,
     seed: int | None = None,
     **chunk_env_kwargs: Any,
 ) -> VecLatentSteering:
@@ -58,6 +59,8 @@ def make_latent_env(
         "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
     :param allow_other_task: accept another task than the one that the flow was trained on
+    :param residual_scale: RL also decides a residual chunk, which is added with this factor, see
+        :class:`~sb3_dsrl.VecLatentSteering`; None or 0 steers the noise alone
     :param seed: env i is seeded with ``seed + i`` at its first reset
     :param chunk_env_kwargs: further arguments of :func:`make_chunk_env`, such as ``sim_backend``, ``reward_mode``,
         ``max_episode_steps``, ``ignore_terminations`` and ``workers``; ``gamma`` and ``reward_scale`` are the flow's if not
@@ -77,7 +80,7 @@ def make_latent_env(
         **(dict(gamma=flow.gamma, reward_scale=flow.reward_scale) | chunk_env_kwargs),
     )
     try:
-        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task)
+        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task, residual_scale)
     except BaseException:
         venv.close()
         raise

@@ -19,7 +19,7 @@ from sb3_dsrl.steering.steering import Steering
 from sb3_dsrl.steering.vec_env import find_steering
 
 #: What rollouts and the env to steer must agree on. Not the steering mode: "full" noise serves "act_horizon", too.
-ROLLOUTS = ("flow_hash", "act_horizon", "noise_bound", "num_steps", *REWARDS)
+ROLLOUTS = ("flow_hash", "act_horizon", "noise_bound", "residual_scale", "num_steps", *REWARDS)
 
 
 def steering_and_policy(
@@ -63,7 +63,7 @@ def steering_and_policy(
     if rollouts is not None:
         check_agreement("rollouts", rollouts.contract, "model's env", steering.contract, ROLLOUTS)
         entries, mode = rollouts.w.shape[1], steering.contract.steer_mode
-        expected = steering.action_space.shape[0]
+        expected = steering.action_space.noise_shape[0]
         if entries != expected and not (mode == "act_horizon" and entries == steering.flow.pred_horizon):
             raise ValueError(f"The rollouts steer {entries} entries of the noise, expected {expected}: see steer_mode")
     return steering, target.policy

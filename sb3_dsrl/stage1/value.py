@@ -37,7 +37,8 @@ def fit_value(
     for _ in loop:
         batch = cond[th.randint(len(cond), (batch_size,))].to(policy.device)
         with th.no_grad():
-            w = steering.full_noise(policy.sample(batch))[:, None]
+            noise, _ = steering.action_space.split(policy.sample(batch))
+            w = steering.full_noise(noise)[:, None]
             target = score_noises(steering, critic, batch, w, kappa=0.0)[:, 0]
         loss = (policy.predict_values(batch).squeeze(-1) - target).pow(2).mean()
         optimizer.zero_grad()

@@ -120,7 +120,8 @@ def aw_mle_loss(policy: LatentPolicy, obs: th.Tensor, w: th.Tensor, weights: th.
 
 def fit_policy(policy: LatentPolicy, noise: WeightedNoise, settings: FitSettings, records: Records) -> None:
     """
-    Fits pi, and nothing else of the policy, to weighted noise.
+    Fits pi, and nothing else of the policy, to weighted noise. The outputs for a residual get no gradient: a new policy's mean
+    of 0 stays 0.
 
     :param policy: the latent policy
     :param noise: what it learns from

@@ -46,6 +46,9 @@ def pretrain_latent(
     ``weighting="candidates"`` it is :func:`fit_candidates`: noises in the states of demos and rollouts, weighted by the
     critic.
 
+    Where the env has a residual, the noise alone is trained: the residual's outputs stay as they are, so those of a new
+    policy keep their mean of 0.
+
     :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
     :param demos: demos, or the path of an ``.h5`` file; for candidates only
     :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`

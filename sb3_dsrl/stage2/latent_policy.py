@@ -39,7 +39,7 @@ class LatentPolicy(ActorCriticPolicy):
     :meth:`forward` and :meth:`evaluate_actions` both use the mixture's density. ``predict`` uses pi alone. eps decays by
     ``prior_mix_decay`` between an update and the rollout after it.
 
-    Where the action space holds a residual r as well (``residual_scale`` of the env), that is part of the Gaussian, with mean 0
+    Where the action space holds a residual r as well (``residual_scale`` of the env), it is part of the Gaussian, with mean 0
     at first: played by its mean, a new policy is exactly the steered one. The prior is mixed into the noise only, and the
     density is the joint one, ``(eps * N(w; 0, I) + (1 - eps) * pi(w)) * pi(r)``. (Noise and residual together are Residual
     Flow Steering's, https://arxiv.org/abs/2602.01789.)

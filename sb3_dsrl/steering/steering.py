@@ -108,7 +108,7 @@ class Steering:
             raise ValueError(f"{self._what} must have shape (N, ...) = {expected}, found {tuple(w.shape)}")
         cond = th.as_tensor(features, device=self.flow.device)
         steered, residual = self.action_space.split(th.as_tensor(w, dtype=th.float32, device=self.flow.device))
-        noise = self.full_noise(steered)
+        noise = self.full_noise(steered.contiguous())  # as it is without a residual, to the last bit of a product
         decoded = th.as_tensor(self.flow.decode(cond, noise, self.contract.num_steps), device=self.flow.device)
         if decoded.shape != noise.shape:
             raise ValueError(

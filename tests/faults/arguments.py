@@ -76,6 +76,10 @@ CASES = [
         Case(f"noise_bound {bound}", steered(noise_bound=bound), rf"noise_bound must be positive and finite, found {bound}")
         for bound in (0, -1.0, float("nan"))
     ),
+    *(
+        Case(f"residual_scale {scale}", steered(residual_scale=scale), rf"residual_scale must be 0 or .*, found {scale}")
+        for scale in (-0.1, float("nan"), float("inf"))
+    ),
     Case("SAC on unbounded noise", sac_on_unbounded_noise, "noise_bound must be positive and finite, found inf"),
     Case(
         "env with an unbounded action space",
@@ -94,6 +98,11 @@ CASES = [
     Case("prior_mix_decay 2", policy(prior_mix_decay=2.0), r"prior_mix_decay must lie in \[0, 1\], found 2.0"),
     Case("value_lr 0", policy(value_lr=0.0), "value_lr must be positive, found 0.0"),
     Case("std 0", policy(log_std_init=float("-inf")), "log_std_init must be finite, found -inf: a std is positive"),
+    Case(
+        "std of a residual that is not there",
+        policy(residual_log_std_init=-1.0),
+        "residual_log_std_init=-1.0 was given, but the env has no residual: make it with residual_scale=",
+    ),
     Case("unknown steer_mode", steered(steer_mode="half"), "must be 'full', 'act_horizon' or 'shared', found 'half'"),
     Case("num_steps 0", steered(num_steps=0), "num_steps must be at least 1, found 0"),
     Case(

@@ -185,7 +185,7 @@ def test_residuals_equal_hand_loop(form: str, h: int):
     flow = tiny_flow(pred_horizon=h + 1, act_horizon=h)
     env = FORMS[form](flow, [scripted(10, **script) for script in SCRIPTS], gamma=GAMMA, residual_scale=0.5)
     model = rollout(env, flow, 0.8, residual_log_std_init=0.0)
-    actions = model.rollout_buffer.actions
+    actions = model.rollout_buffer.actions.reshape(N_STEPS, 3, h + 1 + h, 2)
     assert np.abs(actions[..., h + 1 :, :]).max() > 1  # some residuals are clipped
     rewards = []
     for i, script in enumerate(SCRIPTS):

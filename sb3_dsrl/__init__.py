@@ -15,6 +15,7 @@ from sb3_dsrl.envs.factory import make_chunk_env, make_latent_env
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import evaluate
+from sb3_dsrl.evaluation.residual import without_residual
 from sb3_dsrl.evaluation.results import EvalResult, results_table
 from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
 from sb3_dsrl.evaluation.search import NoiseSearch, search_noise
@@ -126,6 +127,7 @@ __all__ = [
     "resume",
     "train_critic",
     "train_flow",
+    "without_residual",
 ]
 
 

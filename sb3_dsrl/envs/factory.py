@@ -32,6 +32,7 @@ def make_latent_env(
     steer_mode: SteerMode = "full",
     num_steps: int | None = None,
     allow_other_task: bool = False,
+    residual_scale: float | None = None,
     seed: int | None = None,
     obs: ObsKind = "features",
     **chunk_env_kwargs: Any,
@@ -51,6 +52,8 @@ def make_latent_env(
         "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
     :param allow_other_task: accept another task than the one that the flow was trained on
+    :param residual_scale: RL also decides a residual chunk, which is added with this factor, see
+        :class:`~sb3_dsrl.VecLatentSteering`; None or 0 steers the noise alone
     :param seed: env i is seeded with ``seed + i`` at its first reset
     :param obs: what is seen: "features" of the flow, the "env"'s frames, or "both" as a dict
     :param chunk_env_kwargs: further arguments of :func:`make_chunk_env`: for any env ``max_episode_steps``,
@@ -69,7 +72,7 @@ def make_latent_env(
         kwargs = dict(obs_mode=flow.obs_mode, control_mode=flow.control_mode) | kwargs
     venv = make_chunk_env(env_id, n_envs, act_horizon=flow.act_horizon, obs_horizon=flow.obs_horizon, **kwargs)
     try:
-        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task, obs=obs)
+        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task, residual_scale, obs)
     except BaseException:
         venv.close()
         raise

@@ -39,13 +39,17 @@ class HasLatent(Protocol):
 
 
 #: Whatever chooses the noise: a model or a policy; a steered policy, by its latent one; a frozen flow, which stands for its
-#: prior; the name of a control, "prior" or "zero"; or one fixed noise, of the shape of the env's actions.
+#: prior; the name of a control, "prior" or "zero"; or one fixed noise, (T, A), (H, A) or (1, A), see ``steer_mode``. What is
+#: not learned plays residual 0, where there is one.
 Actor = Predictor | HasLatent | SteerablePolicy | str | np.ndarray
 
 
 @dataclass
 class MacroStep:
-    """One step of all envs; ``counts`` says which of them still play an episode of their quota."""
+    """
+    One step of all envs; ``counts`` says which of them still play an episode of their quota, and ``w`` are the actions, noise
+    and residual if there is one.
+    """
 
     obs: Any
     w: np.ndarray
@@ -145,7 +149,8 @@ def evaluate(
     stochastic play: they can differ widely.
 
     :param actor: a model, a policy or a :class:`~sb3_dsrl.SteeredPolicy`; a flow or "prior" (w ~ N(0, I)); "zero" (w = 0); or
-        one fixed noise, of the shape of the env's actions
+        one fixed noise, of the shape that the env steers. All but the first three play residual 0, where there is one;
+        :func:`~sb3_dsrl.without_residual` makes these do so, too.
     :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
     :param name: of the result; None takes the control's name or "model"
@@ -190,10 +195,11 @@ def _own_env_left_behind(actor: Actor, venv: VecEnv) -> Iterator[None]:
     try:
         yield
     finally:
-        if isinstance(actor, BaseAlgorithm):
-            own = actor.get_env()
+        model = getattr(actor, "model", actor)  # of without_residual
+        if isinstance(model, BaseAlgorithm):
+            own = model.get_env()
             if own is not None and share_a_simulator(own, venv):
-                actor._last_obs = None  # learn() then resets the env
+                model._last_obs = None  # learn() then resets the env
 
 
 def share_a_simulator(a: gym.Env | VecEnv, b: gym.Env | VecEnv) -> bool:
@@ -211,8 +217,13 @@ def _innermost(env: gym.Env | VecEnv) -> set[int]:
 
 
 def actor_function(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:
-    shape = (venv.num_envs, *venv.action_space.shape)  # type: ignore[misc]
     space: Any = venv.action_space
+    shape = (venv.num_envs, *(space.noise_shape if isinstance(space, NoiseSpace) else space.shape))
+
+    def played(noise: np.ndarray) -> np.ndarray:
+        action = space.join(noise) if isinstance(space, NoiseSpace) else noise
+        return action.clip(space.low, space.high).astype(np.float32)
+
     if isinstance(actor, SteerablePolicy):
         if isinstance(space, NoiseSpace):
             check_act_horizon(actor, space.contract)
@@ -224,12 +235,12 @@ def actor_function(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -
     if isinstance(actor, str):
         if actor == "prior":
             rng = np.random.default_rng(seed)
-            return lambda obs: rng.standard_normal(shape).clip(space.low, space.high).astype(np.float32)
+            return lambda obs: played(rng.standard_normal(shape))
         if actor == "zero":
-            return lambda obs: np.zeros(shape, np.float32)
+            return lambda obs: played(np.zeros(shape))
         raise ValueError(f"Unknown control {actor!r}; expected 'prior' (w ~ N(0, I)) or 'zero' (w = 0)")
     if isinstance(actor, np.ndarray):
-        fixed = np.broadcast_to(actor.astype(np.float32), shape).clip(space.low, space.high)
+        fixed = played(np.broadcast_to(actor.astype(np.float32), shape))
         return lambda obs: fixed
     if isinstance(actor, HasLatent):
         require_raw_features(venv, "A steered policy")

@@ -42,8 +42,8 @@ class NoiseSearch:
     :param value: its value network is added to the score where the horizon ends; None adds nothing
     :param prior_std: scale of the noises from N(0, I); below 1 they stay closer to w = 0
     :param seed: of the candidates from N(0, I) and of the macro-steps that are searched
-    :raises ValueError: if an argument is out of range, or the env is not steered, normalises features or rewards, or cannot
-        go back to a state
+    :raises ValueError: if an argument is out of range, or the env is not steered, has a residual, normalises features or
+        rewards, or cannot go back to a state
     """
 
     def __init__(
@@ -67,6 +67,9 @@ class NoiseSearch:
             raise ValueError(f"prior_std is a standard deviation and must be positive, found {prior_std}")
         require_raw_features(env, "The search", rewards=True)
         self.steering = find_steering(env)
+        if self.steering.contract.residual_scale:
+            scale = self.steering.contract.residual_scale
+            raise ValueError(f"The search tries noise alone, but the env has residual_scale={scale}: make one without")
         self._sim = _Simulators(as_vec_env(env))
         self.n_candidates, self.horizon, self.share, self.prior_std = n_candidates, horizon, share, prior_std
         self._value = _value_function(value)

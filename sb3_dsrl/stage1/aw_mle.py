@@ -142,7 +142,8 @@ def fit_policy(
     watcher: Watcher | None = None,
 ) -> None:
     """
-    Fits pi, and nothing else of the policy, to weighted noise.
+    Fits pi, and nothing else of the policy, to weighted noise. The outputs for a residual get no gradient: a new policy's mean
+    of 0 stays 0.
 
     :param policy: the latent policy
     :param noise: what it learns from

@@ -48,6 +48,9 @@ def pretrain_latent(
     ``weighting="candidates"`` it is :func:`fit_candidates`: noises in the states of demos and rollouts, weighted by the
     critic. With ``search`` it is :func:`fit_searched`: noises that were tried in the simulator, weighted by what followed.
 
+    Where the env has a residual, the noise alone is trained: the residual's outputs stay as they are, so those of a new
+    policy keep their mean of 0.
+
     :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
         place)
     :param demos: demos, or the path of an ``.h5`` file; for candidates only

@@ -20,7 +20,7 @@ from sb3_dsrl.steering.steering import Steering
 from sb3_dsrl.steering.vec_env import find_steering
 
 #: What rollouts and the env to steer must agree on. Not the steering mode: "full" noise serves "act_horizon", too.
-ROLLOUTS = ("flow_hash", "act_horizon", "noise_bound", "num_steps", *REWARDS)
+ROLLOUTS = ("flow_hash", "act_horizon", "noise_bound", "residual_scale", "num_steps", *REWARDS)
 
 
 class PlayedNoise(Protocol):
@@ -84,7 +84,7 @@ def steering_and_policy(
     if rollouts is not None:
         check_agreement(who, rollouts.contract, "model's env", steering.contract, ROLLOUTS)
         entries, mode = rollouts.w.shape[-2], steering.contract.steer_mode
-        expected = steering.action_space.shape[0]
+        expected = steering.action_space.noise_shape[0]
         if entries != expected and not (mode == "act_horizon" and entries == steering.flow.pred_horizon):
             raise ValueError(f"The {who} steer {entries} entries of the noise, expected {expected}: see steer_mode")
     return steering, target.policy

@@ -36,7 +36,8 @@ def fit_value(
 
     def critics_word(index: th.Tensor, batch: th.Tensor) -> th.Tensor:
         with th.no_grad():
-            w = steering.full_noise(policy.sample(batch))[:, None]
+            noise, _ = steering.action_space.split(policy.sample(batch))
+            w = steering.full_noise(noise)[:, None]
             return score_noises(steering, critic, batch, w, kappa=0.0)[:, 0]
 
     _regress(policy, cond, critics_word, batch_size, records, n_iterations)

@@ -93,7 +93,7 @@ def _space_to_config(space: spaces.Space) -> dict[str, Any]:
     if not isinstance(space, spaces.Box):
         raise ValueError(f"{space} cannot be saved: expected a Box, or a Dict of Boxes")
     if isinstance(space, NoiseSpace):
-        return dict(shape=list(space.shape), contract=space.contract.as_dict())
+        return dict(shape=list(space.noise_shape), contract=space.contract.as_dict())
     # an infinite bound is None: JSON knows no infinity
     low, high = ([x if np.isfinite(x) else None for x in bound.ravel().tolist()] for bound in (space.low, space.high))
     return dict(shape=list(space.shape), dtype=str(space.dtype), low=low, high=high)

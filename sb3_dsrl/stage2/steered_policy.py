@@ -151,8 +151,8 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         Sampled chunks for a batch, without memory of frames; for algorithms of your own.
 
         :param obs: stacked observations, (B, obs_horizon, D), or a dict of such
-        :return: chunks (B, H, A), w (B, T, A) as it was drawn (decoding clips it to the noise's bounds), and its log-density
-            under the latent policy alone, (B,)
+        :return: chunks (B, H, A), w (B, T, A) as it was drawn (decoding clips it to the bounds), with the rows of the residual
+            if there is one, and its log-density under the latent policy alone, (B,)
         """
         return self._act(obs, deterministic=False)
 
@@ -162,8 +162,8 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         pi = self.latent.pi(features.to(self.latent.device))
         flat = pi.get_actions(deterministic)
         w = flat.reshape(-1, *self._steering.action_space.shape)
-        bound = self.contract.noise_bound  # SB3 clips what is played, not what it learns from
-        return self._steering.chunk(features, w.clamp(-bound, bound)), w, pi.log_prob(flat)
+        # SB3 clips what is played, not what it learns from
+        return self._steering.chunk(features, self._steering.action_space.clip(w)), w, pi.log_prob(flat)
 
     def _frame(self, obs: Any) -> Any:
         def array(x: Any) -> np.ndarray:

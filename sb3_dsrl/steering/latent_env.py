@@ -44,6 +44,9 @@ class LatentSteeringWrapper(gym.Wrapper):
         :class:`ActionChunkWrapper`; None is as in an ActionChunkWrapper below, or False
     :param allow_other_task: accept an env with another id than the one that the flow was trained on
     :param act_horizon: H, see :meth:`~sb3_dsrl.policies.base.SteerablePolicy.with_act_horizon`; None is the flow's own
+    :param residual_scale: RL also decides a residual chunk (H, A) in [-1, 1], and what is executed is
+        ``clip(decode(w) + residual_scale * residual)``; 0.1, say, is a small correction. The action space then has H rows
+        more, see :class:`~sb3_dsrl.NoiseSpace`. None or 0 steers the noise alone.
     :param obs: what is seen: "features" of the flow, the "env"'s frames, or "both" as a dict. Stage 1, rollouts and
         :class:`~sb3_dsrl.SteeredPolicy` need "features".
     :raises ValueError: if flow and env do not fit
@@ -62,6 +65,7 @@ class LatentSteeringWrapper(gym.Wrapper):
         cut_at_time_limit: bool | None = None,
         allow_other_task: bool = False,
         act_horizon: int | None = None,
+        residual_scale: float | None = None,
         obs: ObsKind = "features",
     ) -> None:
         flow = resolve_flow(flow)
@@ -89,7 +93,8 @@ class LatentSteeringWrapper(gym.Wrapper):
             monitor.env = chunk_env  # above the chunks: below them it would end an episode in the middle of one
         super().__init__(chunk_env if monitor is None else monitor)
         settings = {name: getattr(chunk_env, name) for name in REWARDS}
-        contract = Contract.of(flow, noise_bound=noise_bound, steer_mode=steer_mode, num_steps=num_steps, **settings)
+        settings |= dict(noise_bound=noise_bound, steer_mode=steer_mode, num_steps=num_steps, residual_scale=residual_scale)
+        contract = Contract.of(flow, **settings)
         self.steering = Steering(flow, contract)
         fits = chunk_env.observation_space, chunk_env.action_space, chunk_env.env_id, chunk_env.control_mode
         check_env_fits(flow, *fits, allow_other_task)
@@ -117,7 +122,7 @@ class LatentSteeringWrapper(gym.Wrapper):
 
     def step(self, w: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """
-        :param w: noise, (T, A), (H, A) or (1, A), see ``steer_mode``
+        :param w: noise, (T, A), (H, A) or (1, A), see ``steer_mode``, and the H rows of the residual, if there is one
         :return: features (C,), or what ``obs`` asked for; macro reward, terminated, truncated, info
         """
         chunk = to_numpy(self.steering.chunk(self._cond, w[None]))[0]

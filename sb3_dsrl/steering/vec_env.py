@@ -38,6 +38,9 @@ class VecLatentSteering(VecEnvWrapper):
         "shared" one entry, which is repeated T times
     :param num_steps: decoding steps; None is the flow's own
     :param allow_other_task: accept envs with another id than the one that the flow was trained on
+    :param residual_scale: RL also decides a residual chunk (H, A) in [-1, 1], and what is executed is
+        ``clip(decode(w) + residual_scale * residual)``; 0.1, say, is a small correction. The action space then has H rows
+        more, see :class:`~sb3_dsrl.NoiseSpace`. None or 0 steers the noise alone.
     :param obs: what is seen: "features" of the flow, the "env"'s frames, or "both" as a dict. Stage 1, rollouts and
         :class:`~sb3_dsrl.SteeredPolicy` need "features".
     :raises ValueError: if flow and envs do not fit
@@ -51,6 +54,7 @@ class VecLatentSteering(VecEnvWrapper):
         steer_mode: SteerMode = "full",
         num_steps: int | None = None,
         allow_other_task: bool = False,
+        residual_scale: float | None = None,
         obs: ObsKind = "features",
     ) -> None:
         flow = resolve_flow(flow)
@@ -66,7 +70,8 @@ class VecLatentSteering(VecEnvWrapper):
                 "VecLatentSteering expects vectorised ActionChunkWrapper envs; for one env use LatentSteeringWrapper, "
                 "for many make_latent_env"
             ) from error
-        contract = Contract.of(flow, noise_bound=noise_bound, steer_mode=steer_mode, num_steps=num_steps, **settings)
+        settings |= dict(noise_bound=noise_bound, steer_mode=steer_mode, num_steps=num_steps, residual_scale=residual_scale)
+        contract = Contract.of(flow, **settings)
         self.steering = Steering(flow, contract)
         env_id, control_mode = (venv.get_attr(name, indices=0)[0] for name in ("env_id", "control_mode"))
         check_env_fits(flow, venv.observation_space, venv.action_space, env_id, control_mode, allow_other_task)
@@ -99,7 +104,8 @@ class VecLatentSteering(VecEnvWrapper):
 
     def step_async(self, actions: np.ndarray) -> None:
         """
-        :param actions: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``
+        :param actions: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``, and the H rows of the residual, if there
+            is one
         """
         chunks = self.steering.chunk(self._cond, actions)
         self._chunks = to_numpy(chunks)

@@ -79,6 +79,10 @@ CASES = [
         Case(f"noise_bound {bound}", steered(noise_bound=bound), rf"noise_bound must be positive and finite, found {bound}")
         for bound in (0, -1.0, float("nan"))
     ),
+    *(
+        Case(f"residual_scale {scale}", steered(residual_scale=scale), rf"residual_scale must be 0 or .*, found {scale}")
+        for scale in (-0.1, float("nan"), float("inf"))
+    ),
     Case("SAC on unbounded noise", sac_on_unbounded_noise, "noise_bound must be positive and finite, found inf"),
     Case(
         "env with an unbounded action space",
@@ -102,8 +106,18 @@ CASES = [
         lambda folder: search_noise(vec_steered(tiny_flow(), [scripted()]), tiny_flow(), 1),
         r"cannot go back to a state: it needs the methods get_sim_state\(\) and set_sim_state\(state\)",
     ),
+    Case(
+        "search in an env with a residual",
+        lambda folder: search_noise(steered(residual_scale=0.1)(folder), tiny_flow(), 1),
+        "tries noise alone, but the env has residual_scale=0.1: make one without",
+    ),
     Case("search with one noise", searching(n_candidates=1), "n_candidates must be at least 2, found 1"),
     Case("search without a horizon", searching(horizon=0), "horizon must be at least 1 macro-step, found 0"),
+    Case(
+        "std of a residual that is not there",
+        policy(residual_log_std_init=-1.0),
+        "residual_log_std_init=-1.0 was given, but the env has no residual: make it with residual_scale=",
+    ),
     Case("unknown steer_mode", steered(steer_mode="half"), "must be 'full', 'act_horizon' or 'shared', found 'half'"),
     Case("num_steps 0", steered(num_steps=0), "num_steps must be at least 1, found 0"),
     Case(

@@ -1,4 +1,4 @@
-"""LiftPegUpright-v1: the peg turns between the fingers until it stands. Few demos, so that there is something left to steer."""
+"""LiftPegUpright-v1: the peg turns between the fingers until it stands. Few demos leave something to steer."""
 
 from recipes.recipe import Recipe
 from sb3_dsrl import VelocityMLP

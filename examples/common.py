@@ -364,7 +364,9 @@ def load_model(path: Path, env: VecLatentSteering, device: str) -> PPO:
 
 def layout_of(demos: Demos) -> StateLayout | None:
     """What the states of demos are made of: as the demos say, or else as the task says; None if they are images."""
-    return None if demos.image_shapes else demos.state_layout or state_layout(demos.env_id, demos.control_mode)
+    if demos.image_shapes or demos.env_id is None:
+        return None
+    return demos.state_layout or state_layout(demos.env_id, demos.control_mode)
 
 
 def cli(main: Callable[[Args], None], args_class: type[Args]) -> NoReturn:

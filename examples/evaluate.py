@@ -38,7 +38,7 @@ def main(args: Args) -> None:
         actors["policy"] = policy = SteeredPolicy.from_pretrained(args.policy, device=args.device)
         flow, own = policy.flow, policy.contract
         check_flow(args, flow, args.policy)
-        settings = ("gamma", "noise_bound", "steer_mode", "num_steps", "reward_scale")
+        settings = ("gamma", "noise_bound", "steer_mode", "num_steps", "reward_scale", "residual_scale")
         env = make_env(args, flow, args.num_eval_envs, **{name: getattr(own, name) for name in settings})
     elif args.awsc_checkpoint is not None:
         flow = load_flow(args, args.awsc_checkpoint)

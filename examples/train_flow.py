@@ -112,6 +112,7 @@ def main(args: Args) -> None:
     for flag, wanted, found in (("obs_mode", args.obs_mode, demos.obs_mode), ("env_id", args.env_id, demos.env_id)):
         if wanted is not None and wanted != found:
             raise ValueError(f"--{flag} is {wanted}, but {args.demo_path} holds {found}")
+    assert demos.env_id is not None  # ManiSkill's files name it
     run = Run("train_flow", args, demos.env_id)
     checkpoint = run.checkpoint()
     policy_class: type[FlowPolicy] = FlowPolicy

@@ -98,7 +98,7 @@ def with_gamma_of(env: VecLatentSteering, stage1: LatentPolicy) -> LatentPolicy:
     if not isinstance(space, NoiseSpace) or space.contract.gamma == gamma:
         return stage1
     print(f"Stage 1 learned with gamma {space.contract.gamma}, stage 2 goes on with {gamma}")
-    return stage1.copy(action_space=NoiseSpace(space.shape, replace(space.contract, gamma=gamma)))  # type: ignore[arg-type]
+    return stage1.copy(action_space=NoiseSpace(space.noise_shape, replace(space.contract, gamma=gamma)))
 
 
 def steps_of(stage1_checkpoint: Path) -> int:

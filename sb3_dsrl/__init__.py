@@ -11,11 +11,15 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
+from sb3_dsrl.envs.factory import make_chunk_env, make_latent_env
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
 from sb3_dsrl.evaluation.play import evaluate
+from sb3_dsrl.evaluation.residual import without_residual
 from sb3_dsrl.evaluation.results import EvalResult, results_table
 from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
+from sb3_dsrl.evaluation.search import NoiseSearch, search_noise
+from sb3_dsrl.evaluation.search_result import SearchResult
 from sb3_dsrl.evaluation.steerability import steerability
 from sb3_dsrl.evaluation.steerability_report import SteerabilityReport
 from sb3_dsrl.evaluation.tickets import Ticket, find_ticket
@@ -26,14 +30,18 @@ from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
+from sb3_dsrl.stage0.lerobot_demos import load_lerobot
+from sb3_dsrl.stage0.minari_demos import load_minari
+from sb3_dsrl.stage0.robomimic_demos import load_robomimic
 from sb3_dsrl.stage0.validation import Validation
 from sb3_dsrl.stage1.aw_mle import aw_mle_loss
-from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_searched
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage1.pretrain import pretrain_latent
-from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, SearchedSettings
 from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 from sb3_dsrl.stage2.gamma_check import install_gamma_check
@@ -48,7 +56,6 @@ from sb3_dsrl.steering.vec_env import VecLatentSteering
 from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 if TYPE_CHECKING:
-    from sb3_dsrl.envs.maniskill import make_chunk_env, make_latent_env
     from sb3_dsrl.envs.state_layout import state_layout
     from sb3_dsrl.evaluation.video import record_video
 
@@ -63,6 +70,7 @@ __all__ = [
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
+    "Demos",
     "EnsembleChunkCritic",
     "EvalResult",
     "ExactBootstrap",
@@ -75,9 +83,12 @@ __all__ = [
     "LatentSteeringWrapper",
     "SteerablePolicy",
     "SteeredPolicy",
+    "NoiseSearch",
     "NoiseSpace",
     "ResumeCallback",
     "Rollouts",
+    "SearchResult",
+    "SearchedSettings",
     "StateEncoder",
     "SteerabilityReport",
     "SuccessEvalCallback",
@@ -97,8 +108,12 @@ __all__ = [
     "find_ticket",
     "fit_candidates",
     "fit_executed",
+    "fit_searched",
     "load_awsc_checkpoint",
     "load_demos",
+    "load_lerobot",
+    "load_minari",
+    "load_robomimic",
     "make_chunk_env",
     "make_latent_env",
     "policy_defaults",
@@ -106,18 +121,18 @@ __all__ = [
     "pretrain_latent",
     "record_video",
     "results_table",
+    "search_noise",
     "state_layout",
     "steerability",
     "resume",
     "train_critic",
     "train_flow",
+    "without_residual",
 ]
 
 
 #: Importing sb3_dsrl must not import ManiSkill.
 _LAZY = {
-    "make_chunk_env": "sb3_dsrl.envs.maniskill",
-    "make_latent_env": "sb3_dsrl.envs.maniskill",
     "record_video": "sb3_dsrl.evaluation.video",
     "state_layout": "sb3_dsrl.envs.state_layout",
 }

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,64 @@ class BatchedScriptedEnv(gym.Env):
             self._obs = empty if isinstance(obs, dict) else empty[""]
         for key, x in parts.items():
             (self._obs[key] if isinstance(obs, dict) else self._obs)[i] = th.from_numpy(x)
+
+
+class RestorableEnv(ScriptedEnv):
+    """A :class:`ScriptedEnv` that can go back to a state, and counts all steps that it has ever made."""
+
+    made = 0
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.made += 1
+        return super().step(action)
+
+    def get_sim_state(self) -> dict[str, Any]:
+        return dict(episode=self.episode, t=self.t, start=self.start, obs=self._obs.copy())
+
+    def set_sim_state(self, state: dict[str, Any]) -> None:
+        self.episode, self.t, self.start = state["episode"], state["t"], state["start"]
+        self._obs[:] = state["obs"]
+
+
+class RestorableBatch(BatchedScriptedEnv):
+    """
+    Several :class:`RestorableEnv` behind ManiSkill's batched interface, with its ``get_state_dict`` and ``set_state_dict``,
+    which know the simulator and neither the elapsed steps nor the controllers.
+    """
+
+    def __init__(self, envs: Sequence[gym.Env]) -> None:
+        super().__init__(envs)
+        self.base: list[Any] = [env.unwrapped for env in envs]
+        self._elapsed_steps = th.zeros(self.num_envs, dtype=th.int32)
+        self.agent: Any = types.SimpleNamespace(controller=types.SimpleNamespace(target=th.zeros(self.num_envs, 2)))
+
+    def reset(self, *, seed: list[int] | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        result = super().reset(seed=seed, options=options)
+        for i in map(int, (options or {}).get("env_idx", range(self.num_envs))):
+            self._elapsed_steps[i], self.agent.controller.target[i] = 0, 0.0
+        return result
+
+    def step(self, actions: th.Tensor) -> tuple[Any, ...]:
+        """The env's own clock is the tensor that the simulator does not know."""
+        for env, t in zip(self.envs, self._elapsed_steps.tolist(), strict=True):
+            env.unwrapped.t = t  # type: ignore[attr-defined]
+            if isinstance(env, TimeLimit):
+                env._elapsed_steps = t
+        self._elapsed_steps += 1
+        self.agent.controller.target += actions
+        obs, rewards, *rest = super().step(actions)
+        return obs, rewards + self.agent.controller.target.sum(dim=1), *rest
+
+    def get_state_dict(self) -> dict[str, Any]:
+        rows = th.tensor([[env.episode, env.start] for env in self.base], dtype=th.float64)
+        return {"actors": {"scripts": rows}, "articulations": {"obs": self._obs}}
+
+    def set_state_dict(self, state: dict[str, Any], env_idx: th.Tensor) -> None:
+        for i, (episode, start), obs in zip(
+            env_idx.tolist(), state["actors"]["scripts"].tolist(), state["articulations"]["obs"], strict=True
+        ):
+            self.base[i].episode, self.base[i].start = int(episode), start
+            self.base[i]._obs[:] = obs.numpy()
 
 
 class Numbered(ScriptedEnv):

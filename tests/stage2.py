@@ -41,9 +41,9 @@ class SeededEnv(ScriptedEnv):
         return super().reset(seed=seed, options=options)
 
 
-def steered(flow: FlowPolicy, n_envs: int = 2) -> VecLatentSteering:
+def steered(flow: FlowPolicy, n_envs: int = 2, residual_scale: float = 0.0) -> VecLatentSteering:
     envs = [TimeLimit(SeededEnv(episode_lengths=(7, 99, 12), random_start=True), 20) for _ in range(n_envs)]
-    env = vec_steered(flow, envs)
+    env = vec_steered(flow, envs, residual_scale=residual_scale)
     env.seed(0)
     assert isinstance(env, VecLatentSteering)
     return env

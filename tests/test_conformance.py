@@ -51,16 +51,17 @@ def env_fns(scripts: list[Script], flow: FlowPolicy, **chunk_kwargs: Any) -> lis
 
 
 def with_workers(worker: type) -> Callable[..., VecEnv]:
-    def make(flow: FlowPolicy, scripts: list[Script], **chunk_kwargs: Any) -> VecEnv:
-        return VecLatentSteering(WorkerVecEnv(env_fns(scripts, flow, **chunk_kwargs), WorkerSettings(2, worker=worker)), flow)
+    def make(flow: FlowPolicy, scripts: list[Script], residual_scale: float = 0.0, **chunk_kwargs: Any) -> VecEnv:
+        workers = WorkerVecEnv(env_fns(scripts, flow, **chunk_kwargs), WorkerSettings(2, worker=worker))
+        return VecLatentSteering(workers, flow, residual_scale=residual_scale)
 
     return make
 
 
 def on(make_simulator: Callable[[list[Script]], Any]) -> Callable[..., VecEnv]:
-    def make(flow: FlowPolicy, scripts: list[Script], **chunk_kwargs: Any) -> VecEnv:
-        simulator = make_simulator(scripts)
-        return VecLatentSteering(BatchedChunkEnv(simulator, flow.act_horizon, flow.obs_horizon, **chunk_kwargs), flow)
+    def make(flow: FlowPolicy, scripts: list[Script], residual_scale: float = 0.0, **chunk_kwargs: Any) -> VecEnv:
+        simulator = BatchedChunkEnv(make_simulator(scripts), flow.act_horizon, flow.obs_horizon, **chunk_kwargs)
+        return VecLatentSteering(simulator, flow, residual_scale=residual_scale)
 
     return make
 
@@ -90,11 +91,12 @@ class Together(gym.Wrapper):
         raise AssertionError("this env is not stepped alone")
 
 
-def side_by_side(flow: FlowPolicy, scripts: list[Script], **chunk_kwargs: Any) -> VecEnv:
+def side_by_side(flow: FlowPolicy, scripts: list[Script], residual_scale: float = 0.0, **chunk_kwargs: Any) -> VecEnv:
     def make(script: Script) -> gym.Env:
         return ActionChunkWrapper(Together(envs_of([script])[0]), flow.act_horizon, flow.obs_horizon, **chunk_kwargs)
 
-    return VecLatentSteering(LockstepVecEnv([lambda script=script: make(script) for script in scripts]), flow)
+    together = LockstepVecEnv([lambda script=script: make(script) for script in scripts])
+    return VecLatentSteering(together, flow, residual_scale=residual_scale)
 
 
 #: ``make(flow, scripts, **chunk_kwargs)``
@@ -128,19 +130,13 @@ class Expected:
 class Reference:
     """One env, stepped in the plainest way: no wrapper of ours, no wrapper of gymnasium's; time limits are counted here."""
 
-    def __init__(
-        self,
-        script: Script,
-        flow: FlowPolicy,
-        gamma: float,
-        ignore_terminations: bool = False,
-        reward_scale: float = 1.0,
-        cut: bool = False,
-    ) -> None:
+    def __init__(self, script: Script, flow: FlowPolicy, gamma: float, cut: bool = False, **settings: Any) -> None:
+        settings = dict(ignore_terminations=False, reward_scale=1.0, residual_scale=0.0) | settings
+        self.ignore, self.scale, self.residual_scale = settings.values()
         self.cut = cut
         self.limit, lengths = script
         self.env = ScriptedEnv(episode_lengths=lengths, success_steps=(2, 7, 9, 10, 24))
-        self.flow, self.gamma, self.ignore, self.scale = flow, gamma, ignore_terminations, reward_scale
+        self.flow, self.gamma = flow, gamma
 
     def features(self) -> np.ndarray:
         return self.flow.encode(np.stack(self.frames[-self.flow.obs_horizon :])[None])[0].numpy()
@@ -153,7 +149,9 @@ class Reference:
         return self.features()
 
     def step(self, w: np.ndarray) -> Expected:
+        w, residual = np.split(w, [self.flow.pred_horizon])
         chunk = self.flow.decode(th.tensor(self.features()[None]), th.tensor(w[None]))[0, : self.flow.act_horizon].numpy()
+        chunk = np.clip(chunk + self.residual_scale * residual, -1, 1) if self.residual_scale else chunk
         k, reward, terminated, truncated = 0, 0.0, False, False
         for action in chunk:
             obs, r, ended, _, info = self.env.step(action)
@@ -211,8 +209,8 @@ def form(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def noises(n: int, n_envs: int, flow: FlowPolicy) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((n, n_envs, *flow.noise_shape)).astype(np.float32).clip(-4, 4)
+def noises(n: int, env: VecEnv) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, env.num_envs, *env.action_space.shape)).astype(np.float32).clip(-4, 4)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +220,7 @@ def noises(n: int, n_envs: int, flow: FlowPolicy) -> np.ndarray:
         (FlowPolicy, 3, {}),
         (FlowPolicy, 8, {}),
         (FlowPolicy, 3, dict(ignore_terminations=True, reward_scale=0.5)),
+        (FlowPolicy, 3, dict(residual_scale=0.5)),
         (DiffusionPolicy, 3, {}),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
@@ -241,7 +240,7 @@ def test_transitions(form: str, policy_class: type[FlowPolicy], act_horizon: int
         obs = env.reset()
         kept, copies, ended = [obs], [obs.copy()], 0
         np.testing.assert_allclose(obs, [reference.reset() for reference in references], atol=1e-5)
-        for t, w in enumerate(noises(40, len(SCRIPTS), flow)):
+        for t, w in enumerate(noises(40, env)):
             obs, rewards, dones, infos = env.step(w)
             assert isinstance(obs, np.ndarray) and isinstance(rewards, np.ndarray) and dones.dtype == bool
             for i, reference in enumerate(references):
@@ -311,7 +310,7 @@ def test_batched_maniskill_equals_the_gym_form(pair: tuple[VecEnv, LatentSteerin
         obs, (other, info) = env.reset(), single.reset(seed=seed)
         np.testing.assert_allclose(obs[0], other, atol=1e-5)
         assert env.venv.reset_infos[0].keys() == info.keys()  # type: ignore[attr-defined]
-        for t, w in enumerate(noises(3, 1, env.steering.flow)):
+        for t, w in enumerate(noises(3, env)):
             obs, rewards, dones, infos = env.step(w)
             other, reward, terminated, truncated, info = single.step(w[0])
             assert dones[0] == (terminated or truncated) == (t == 2)

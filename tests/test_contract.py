@@ -50,6 +50,7 @@ CHANGES = [
     dict(reward_scale=10.0),
     dict(reward_mode="sparse"),
     dict(ignore_terminations=False),
+    dict(residual_scale=0.1),
 ]
 
 

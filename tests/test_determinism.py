@@ -253,12 +253,12 @@ def test_a_signal_before_the_first_rollout_and_in_the_last_update(flow: FlowPoli
         stage.run(crash=[CrashAt(TOTAL, signal.SIGTERM)])
 
 
-def test_running_statistics_and_eval_callback_are_kept(flow: FlowPolicy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_running_statistics_and_eval_callback_are_kept(flow: FlowPolicy, tmp_path: Path, norm_obs: bool) -> None:
     def run(goes_on: bool, crash: Sequence[BaseCallback] = ()) -> tuple[PPO, EvalCallback]:
-        env = VecNormalize(steered(flow))
-        evaluation = EvalCallback(
-            VecNormalize(steered(flow), training=False), n_eval_episodes=2, eval_freq=8, log_path=str(tmp_path), verbose=0
-        )
+        env = VecNormalize(steered(flow), norm_obs=norm_obs)
+        eval_env = VecNormalize(steered(flow), training=False, norm_obs=norm_obs)
+        evaluation = EvalCallback(eval_env, n_eval_episodes=2, eval_freq=8, log_path=str(tmp_path), verbose=0)
         keeper = ResumeCallback(tmp_path / "a.zip", 80, keep=[evaluation])
         model = resume(PPO, tmp_path / "a.zip", env) if goes_on else None
         model = model or PPO("LatentPolicy", env, **ppo_kwargs(steered(flow), **KWARGS))

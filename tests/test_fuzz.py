@@ -40,16 +40,13 @@ SCRIPTS = st.lists(
 )
 
 
-def agrees(
-    form: str, scripts: list[Script], act_horizon: int, obs_horizon: int, ignore_terminations: bool, scale: float
-) -> None:
-    kwargs: dict[str, Any] = dict(ignore_terminations=ignore_terminations, reward_scale=scale)
+def agrees(form: str, scripts: list[Script], act_horizon: int, obs_horizon: int, **kwargs: Any) -> None:
     flow = tiny_flow(pred_horizon=6, act_horizon=act_horizon, obs_horizon=obs_horizon)
     env = FORMS[form](flow, scripts, gamma=GAMMA, **kwargs)
     references = [Reference(script, flow, GAMMA, **kwargs) for script in scripts]
     try:
         np.testing.assert_allclose(env.reset(), [reference.reset() for reference in references], atol=1e-5)
-        for w in noises(8, len(scripts), flow):
+        for w in noises(8, env):
             obs, rewards, dones, infos = env.step(w)
             for i, reference in enumerate(references):
                 expected = reference.step(w[i])
@@ -68,7 +65,8 @@ HORIZONS = dict(
     act_horizon=st.integers(1, 6),
     obs_horizon=st.integers(1, 3),
     ignore_terminations=st.booleans(),
-    scale=st.sampled_from([1.0, 0.5]),
+    reward_scale=st.sampled_from([1.0, 0.5]),
+    residual_scale=st.sampled_from([0.0, 0.3]),
 )
 
 

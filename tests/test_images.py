@@ -31,7 +31,7 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
-from sb3_dsrl.envs import maniskill
+from sb3_dsrl.envs import maniskill, worker_vec_env
 from sb3_dsrl.envs.maniskill_wrappers import flat_images
 from sb3_dsrl.policies.encoders import SpatialSoftmaxConv
 from sb3_dsrl.stage0.windows import ImageWindows
@@ -351,7 +351,7 @@ def test_images_are_rendered_on_the_gpu_where_there_is_one(gpu: bool, monkeypatc
     asked["rgb on the CPU"] = dict(obs_mode="rgb", render_backend="cpu")
     for name, kwargs in asked.items():
         hidden: list[bool] = []
-        monkeypatch.setattr(maniskill, "WorkerVecEnv", lambda fns, settings, hide_gpu, to=hidden: to.append(hide_gpu))
+        monkeypatch.setattr(worker_vec_env, "WorkerVecEnv", lambda fns, settings, hide_gpu, to=hidden: to.append(hide_gpu))
         make_chunk_env("PushCube-v1", 2, **kwargs)
         backend = maniskill.maniskill_kwargs("PushCube-v1", **({"obs_mode": "state"} | kwargs))["render_backend"]
         found[name] = (backend, hidden[0])

@@ -15,7 +15,9 @@ PACKAGE = ROOT / "sb3_dsrl"
 #: Public functions and methods may have this many parameters.
 MAX_PARAMETERS = 16
 #: Imported where they are used: extras, and packages that take long and that stable_baselines3 does not import either.
-LAZY = {"mani_skill", "sapien", "ray", "diffusers", "wandb", "lerobot", "imageio", "cv2", "matplotlib", "pandas", "scipy"}
+LAZY = {"mani_skill", "sapien", "ray", "diffusers", "wandb", "lerobot", "minari", "pyarrow"} | {
+    *("imageio", "cv2", "matplotlib", "pandas", "scipy")
+}
 #: The modules of this package that import ManiSkill, so that importing the package does not.
 LAZY_MODULES = {"sb3_dsrl.envs.maniskill", "sb3_dsrl.envs.maniskill_wrappers"}
 
@@ -119,9 +121,16 @@ def test_importing_is_as_light_as_importing_sb3() -> None:
     assert not added & (LAZY | {"tensorboard", "rich", "tyro", "IPython", "torchvision", "transformers", "trimesh"})
 
 
-def test_make_latent_env_imports_maniskill_when_it_is_asked_for() -> None:
-    code = "import sys, sb3_dsrl as s; m = sys.modules; print('mani_skill' in m); s.make_latent_env; print('mani_skill' in m)"
-    assert in_fresh_process(code).split()[-2:] == ["False", "True"]
+@pytest.mark.parametrize(("env_id", "imported"), [("Pendulum-v1", False), ("PushCube-v1", True)])
+def test_make_latent_env_imports_maniskill_for_its_ids_alone(env_id: str, imported: bool) -> None:
+    code = (
+        "import sys, sb3_dsrl; from sb3_dsrl.envs.factory import is_maniskill; from tests.envs import tiny_flow\n"
+        "try: sb3_dsrl.make_latent_env({!r}, tiny_flow(99, 9), n_envs=0)\n"
+        "except ValueError as error: print(error)\n"
+        "print(is_maniskill({!r}), 'mani_skill' in sys.modules)"
+    )
+    lines = in_fresh_process(code.format(env_id, env_id)).splitlines()
+    assert lines[-2:] == ["n_envs must be at least 1, found 0", f"{imported} {imported}"]
 
 
 def test_pre_commit_runs_what_make_check_runs() -> None:
@@ -167,6 +176,7 @@ def test_contributing_lists_the_files_of_each_room() -> None:
     "name",
     [
         *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "docs/faults.md", "docs/simulators.md"),
+        "docs/bring_your_own.md",
         *("examples/results/README.md", "examples/results/compare/report.md"),
     ],
 )

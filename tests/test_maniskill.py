@@ -1,7 +1,6 @@
 """The wrappers on real ManiSkill envs: PushCube-v1 and PickCube-v1 on the CPU."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -200,8 +199,7 @@ def test_number_of_envs_does_not_choose_the_physics(
     made: list[dict[str, Any]] = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr(maniskill, "_made", lambda env_id, **kwargs: made.append(kwargs))
-    for name in ("DummyVecEnv", "WorkerVecEnv"):
-        monkeypatch.setattr(maniskill, name, lambda env_fns, *args, **kwargs: env_fns[0]())
+    monkeypatch.setattr(maniskill, "spread_envs", lambda make, *args, **kwargs: make())
     for name in ("ActionChunkWrapper", "BatchedChunkEnv", "flat_images", "unbatched"):
         monkeypatch.setattr(maniskill, name, lambda env, *args, **kwargs: env)
     for n_envs in (1, 25, 50, 512):
@@ -215,15 +213,19 @@ def test_one_env_in_a_worker_if_asked_for() -> None:
     env.close()
 
 
-def test_gymnasiums_envs_get_the_call_that_works() -> None:
-    with pytest.raises(ValueError, match=r"but gymnasium's; for those use .*make_vec_env") as error:
-        make_latent_env("Pendulum-v1", flow_for("PushCube-v1"))
-    flow = tiny_flow(3, 1)
-    call = re.search(r"make_vec_env\(.*\)", str(error.value).replace("n_envs=...", "n_envs=2"))
-    assert call is not None
-    env = eval(call[0], dict(globals(), flow=flow))
-    assert env.reset().shape == (2, flow.cond_dim)
-    env.step(np.zeros((2, *flow.noise_shape), np.float32))
+def test_registered_id_steers_it_too() -> None:
+    flow = flow_for("PushCube-v1")
+    asked = dict(max_episode_steps=8, sim_backend="physx_cpu")
+    env = gym.make("sb3_dsrl/Latent-v0", env_id="PushCube-v1", flow=flow, env_kwargs=asked)
+    (same,) = make_latent_env("PushCube-v1", flow, max_episode_steps=8).venv.envs  # type: ignore[attr-defined]
+    same = LatentSteeringWrapper(same, flow)
+    np.testing.assert_array_equal(env.reset(seed=3)[0], same.reset(seed=3)[0])
+    for _ in range(2):
+        w = np.full(flow.noise_shape, 0.3, np.float32)
+        (obs, reward, *ends, _), (other_obs, other_reward, *other_ends, _) = env.step(w), same.step(w)
+        np.testing.assert_array_equal(obs, other_obs)
+        assert (reward, ends) == (other_reward, other_ends)
+    assert ends == [False, True]
 
 
 def test_batched_simulator_is_refused() -> None:

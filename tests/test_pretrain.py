@@ -188,10 +188,10 @@ def flow_without_critic() -> FlowPolicy:
         ),
         (bandit_flow, dict(demos="none.h5"), FileNotFoundError, r"none.h5 does not exist; expected the demo file"),
         (
-            lambda: "flow",
+            lambda: 42,
             dict(demos=bandit_demos()),
             TypeError,
-            r"Stage 1 expects a FlowPolicy or a model with 'LatentPolicy', found str",
+            r"Stage 1 expects a FlowPolicy, its folder, or a model with 'LatentPolicy', found int",
         ),
         (
             mlp_model,

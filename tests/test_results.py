@@ -81,6 +81,6 @@ def test_the_tables_of_the_benchmark_are_those_of_its_report(monkeypatch: pytest
 def test_the_table_of_recipes_is_that_of_its_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     report = importlib.import_module("tasks_report")
-    rows = report.rows(RESULTS / "recipes")
+    rows = report.rows()
     assert block("tasks") == report.markdown(rows)
     pd.testing.assert_frame_equal(rows, pd.read_csv(RESULTS / "tasks.csv"))

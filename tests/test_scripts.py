@@ -11,10 +11,10 @@ import torch as th
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sb3_dsrl import FlowPolicy, LatentPolicy, SteeredPolicy
+from sb3_dsrl import FlowPolicy, LatentPolicy, SearchResult, SteeredPolicy
 from tests.scripts import EXAMPLES, run_script
 
-pytestmark = pytest.mark.timeout(900)  # the fixture runs six scripts
+pytestmark = pytest.mark.timeout(900)  # the fixture runs seven scripts
 DEMOS = EXAMPLES / "demos" / "PushCube-v1.h5"
 EVALUATION = ("--num_eval_envs", 1, "--num_eval_episodes", 2)
 
@@ -73,6 +73,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "steerability.py",
             (*flow, *one, "--demo_path", DEMOS, "--num_demos", 5, "--episodes", 32, "--num_tickets", 2, "--exp_name", "e"),
+        ),
+        (
+            "search.py",
+            (*flow, *one, "--search_episodes", 3, "--num_candidates", 3, "--horizon", 2, "--bootstrap", "--exp_name", "f"),
         ),
     ):
         evaluation = () if script == "steerability.py" else EVALUATION
@@ -151,6 +155,20 @@ def test_steerability(runs: Path) -> None:
     assert found["env_steps"] == (8 + 4 + 4 + 4 + 12) * 12
     assert found["verdict"] and found["action_std"]["source"] == "demos"
     assert (runs / "runs" / "e" / "steerability.png").stat().st_size > 10_000
+
+
+def test_search(runs: Path) -> None:
+    found = report(runs, "f")
+    assert [(row["name"], row["episodes"]) for row in found["rows"]] == [
+        ("zero", 2),
+        ("search, round 1", 3),
+        ("distilled, round 1", 2),
+        ("search, round 2", 3),
+        ("distilled, round 2", 2),
+    ]
+    assert found["env_steps"] == 2 * 3 * (12 + 3 * 4 * (2 + 2 + 1))
+    assert LatentPolicy.load(runs / "runs" / "f" / "policy.pt").contract
+    assert len(SearchResult.load(runs / "runs" / "f" / "search.npz")) == 2 * 3 * 3
 
 
 def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

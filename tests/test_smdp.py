@@ -1,6 +1,7 @@
 """A stock PPO rollout on a steered env against plain loops over env steps: rewards, values, advantages and returns."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +29,16 @@ class Macro:
 
 
 def simulate(
-    env: ScriptedEnv, flow: FlowPolicy, noises: np.ndarray, time_limit: int | None, ignore_terminations: bool
+    env: ScriptedEnv,
+    flow: FlowPolicy,
+    noises: np.ndarray,
+    time_limit: int | None,
+    ignore_terminations: bool,
+    residual_scale: float = 0.0,
 ) -> list[Macro]:
-    """Plays the noises on the raw env, one env step after the other. The time limit is counted here."""
+    """
+    Plays the noises, which residuals may follow, on the raw env, one env step after the other. The time limit is counted here.
+    """
 
     def features() -> np.ndarray:
         return flow.encode(np.stack(frames[-flow.obs_horizon :])[None]).numpy()[0]
@@ -43,8 +51,11 @@ def simulate(
             frames = [env.reset()[0].copy()] * flow.obs_horizon
             playing, t = True, 0
         macro = Macro(features())
-        chunk = flow.decode(th.tensor(macro.features[None]), th.tensor(w[None]).clamp(-4, 4))[0].numpy()
-        for action in chunk[: flow.act_horizon]:
+        w, residual = np.split(w, [flow.pred_horizon])
+        chunk = flow.decode(th.tensor(macro.features[None]), th.tensor(w[None]).clamp(-4, 4))[0, : flow.act_horizon].numpy()
+        if residual_scale:
+            chunk = np.clip(chunk + residual_scale * np.clip(residual, -1, 1), -1, 1)
+        for action in chunk:
             obs, reward, terminated, _, _ = env.step(action)
             frames.append(obs.copy())
             macro.rewards.append(reward)
@@ -102,10 +113,17 @@ def discounted_env_steps(model: PPO, macros: list[Macro]) -> np.ndarray:
     return returns
 
 
-def rollout(env: VecEnv, flow: FlowPolicy, gae_lambda: float, n_steps: int = N_STEPS) -> PPO:
+def rollout(env: VecEnv, flow: FlowPolicy, gae_lambda: float, n_steps: int = N_STEPS, **policy_kwargs: Any) -> PPO:
     """One rollout of a stock PPO, without the update after it."""
     model = PPO(
-        "LatentPolicy", env, gamma=GAMMA**flow.act_horizon, gae_lambda=gae_lambda, n_steps=n_steps, batch_size=n_steps, seed=0
+        "LatentPolicy",
+        env,
+        gamma=GAMMA**flow.act_horizon,
+        gae_lambda=gae_lambda,
+        n_steps=n_steps,
+        batch_size=n_steps,
+        policy_kwargs=policy_kwargs,
+        seed=0,
     )
     th.nn.init.normal_(model.policy.value_net.bias)  # values that matter
     _, callback = model._setup_learn(n_steps * env.num_envs)
@@ -158,6 +176,27 @@ def test_ignore_terminations_and_reward_scale(form: str, ignore_terminations: bo
             assert [macro.end for macro in macros] == 3 * (3 * ["goes on"] + ["time limit"])
         for name, expected in reference(model, macros, reward_scale).items():
             np.testing.assert_allclose(getattr(model.rollout_buffer, name)[:, i], expected, rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("h", [1, 3])
+def test_residuals_equal_hand_loop(form: str, h: int):
+    """What the residual adds is executed and rewarded, chunks end as without it, and the buffer keeps it unclipped."""
+    flow = tiny_flow(pred_horizon=h + 1, act_horizon=h)
+    env = FORMS[form](flow, [scripted(10, **script) for script in SCRIPTS], gamma=GAMMA, residual_scale=0.5)
+    model = rollout(env, flow, 0.8, residual_log_std_init=0.0)
+    actions = model.rollout_buffer.actions.reshape(N_STEPS, 3, h + 1 + h, 2)
+    assert np.abs(actions[..., h + 1 :, :]).max() > 1  # some residuals are clipped
+    rewards = []
+    for i, script in enumerate(SCRIPTS):
+        for scale in (0.5, 0.0):
+            macros = simulate(ScriptedEnv(**script), flow, actions[:, i], 10, ignore_terminations=False, residual_scale=scale)
+            expected = reference(model, macros, 1.0)
+            rewards.append(expected["rewards"])
+            if scale:
+                for name, values in expected.items():
+                    np.testing.assert_allclose(getattr(model.rollout_buffer, name)[:, i], values, atol=1e-4, err_msg=name)
+        assert not np.allclose(*rewards[-2:], atol=1e-2)  # it matters
 
 
 def test_constant_reward_has_the_textbook_value():

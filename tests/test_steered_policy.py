@@ -157,7 +157,7 @@ def test_of_takes_the_decoding_steps_of_the_env(flow: FlowPolicy, tmp_path: Path
     [
         (lambda env: PPO("MlpPolicy", env, n_steps=8), "of expects a model with 'LatentPolicy', found ActorCriticPolicy"),
         (lambda env: small(VecNormalize(env)), "features that VecNormalize has normalised"),
-        (lambda env: small(VecFrameStack(env, 2)), "train without wrappers that change observations"),
+        (lambda env: small(VecFrameStack(env, 2)), "without wrappers that change observations"),
     ],
 )
 def test_of_refuses(make: Callable[[Any], Any], sentence: str, env: Any) -> None:
@@ -177,7 +177,7 @@ def test_what_does_not_fit(flow: FlowPolicy, env: Any) -> None:
     with pytest.raises(ValueError, match=f"contract is of flow {flow.fingerprint()}, but this is flow"):
         SteeredPolicy(tiny_flow(seed=1), latent)
     with pytest.raises(TypeError, match="flow must be a FlowPolicy"):
-        SteeredPolicy("flow", latent)  # type: ignore[arg-type]
+        SteeredPolicy(42, latent)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="latent must be a LatentPolicy, found str"):
         SteeredPolicy(flow, "latent")  # type: ignore[arg-type]
     plain = latent.copy(action_space=spaces.Box(-4, 4, (4, 2), np.float32))

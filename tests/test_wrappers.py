@@ -356,8 +356,8 @@ def test_misuse_is_told_what_to_call(flow):
         ActionChunkWrapper(scripted(), 3, 2).step(np.zeros((2, 2), np.float32))
     with pytest.raises(ValueError, match="expects vectorised ActionChunkWrapper envs; for one env use LatentSteeringWrapper"):
         VecLatentSteering(DummyVecEnv([scripted]), flow)
-    with pytest.raises(TypeError, match=r"found str; load one with FlowPolicy.from_pretrained"):
-        LatentSteeringWrapper(scripted(), "flows/lift_peg")
+    with pytest.raises(TypeError, match=r"flow must be a FlowPolicy or .*, or the folder of one, found dict"):
+        LatentSteeringWrapper(scripted(), {"flow": "flows/lift_peg"})
     for env in (scripted(), DummyVecEnv([scripted]), VecMonitor(DummyVecEnv([scripted]))):
         with pytest.raises(ValueError, match=f"{type(env).__name__} is not steered: wrap it in LatentSteeringWrapper"):
             find_steering(env)

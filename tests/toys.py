@@ -80,3 +80,49 @@ class BanditEnv(gym.Env):
 
     def _obs(self) -> np.ndarray:
         return self.np_random.standard_normal(self.observation_space.shape).astype(np.float32)
+
+
+class GuideEnv(gym.Env):
+    """
+    Four steps; at each of them x is drawn anew and seen, and the reward is -||4 action - best(x)||^2. With
+    ``linear_flow(a=-0.75, num_steps=1)``, which divides noise by 4, ``best(x)`` is the best noise. It can go back to a state.
+    """
+
+    def __init__(self, length: int = 4) -> None:
+        self.length = length
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.made = 0
+
+    @staticmethod
+    def best(x: np.ndarray) -> np.ndarray:
+        """The best noise, whose mean over all states is 0."""
+        return 0.8 * x * np.array([1, -1], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self._drawn(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        self.made += 1
+        distance = float(np.square(4 * action - self.best(self.x)).sum())
+        return self._drawn(), -distance, self.t == self.length, False, {"success": distance < 0.1}
+
+    def get_sim_state(self) -> dict[str, Any]:
+        return dict(x=self.x, t=self.t, rng=self.np_random.bit_generator.state)
+
+    def set_sim_state(self, state: dict[str, Any]) -> None:
+        self.x, self.t, self.np_random.bit_generator.state = state["x"], state["t"], state["rng"]
+
+    def _drawn(self) -> np.ndarray:
+        self.x = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        return self.x
+
+
+def guide_flow() -> FlowPolicy:
+    """Divides noise by 4."""
+    with th.random.fork_rng(devices=[]):
+        th.manual_seed(0)
+        return linear_flow(a=-0.75, num_steps=1)

@@ -1,11 +1,11 @@
-"""LiftPegUpright-v1: the peg turns between the fingers until it stands."""
+"""LiftPegUpright-v1: the peg turns between the fingers until it stands. Few demos leave something to steer."""
 
 from recipes.recipe import Recipe
 from sb3_dsrl import VelocityMLP
 
 RECIPE = Recipe(
     env_id="LiftPegUpright-v1",
-    demos=dict(num_demos=300, styles=3),
-    flow=dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=8, act_horizon=4, num_steps=4, n_iterations=6_000),
-    total_timesteps=300_000,
+    demos=dict(num_demos=60, styles=3),
+    flow=dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=8, act_horizon=4, num_steps=4, n_iterations=3_000),
+    total_timesteps=200_000,
 )

@@ -18,7 +18,7 @@ class Recipe:
     :param flow: arguments of :func:`sb3_dsrl.train_flow`; ``act_horizon`` steps of each chunk are executed
     :param spatial_features: features of where things are to each other, for state demos
     :param critic_iterations: optimiser steps of the critic; 0 trains none
-    :param env: arguments of :func:`sb3_dsrl.make_latent_env`, such as ``max_episode_steps``
+    :param env: arguments of :func:`sb3_dsrl.make_latent_env`, such as ``max_episode_steps`` and ``residual_scale``
     :param n_envs: simulated envs
     :param ticket_rounds: of :func:`sb3_dsrl.find_ticket`, a control that no stage uses
     :param rollout_episodes: stage 1 learns from so many episodes of the frozen flow

@@ -1,4 +1,4 @@
-"""Where it runs: ManiSkill, worker processes, Ray."""
+"""Where it runs: ManiSkill, any gymnasium env, worker processes, Ray."""
 
 import gymnasium as gym
 
@@ -14,3 +14,5 @@ def _maniskill(env: gym.Env) -> gym.Env | None:
 
 
 ADAPTERS.append(_maniskill)
+# gym.make("sb3_dsrl/Latent-v0", env_id=..., flow=...)
+gym.register("sb3_dsrl/Latent-v0", "sb3_dsrl.envs.factory:make_steered_env")

@@ -1,4 +1,4 @@
-"""ManiSkill's envs from an env id: chunk envs and steered envs."""
+"""ManiSkill's envs from an env id, as chunk envs."""
 
 from __future__ import annotations
 
@@ -9,81 +9,19 @@ import gymnasium as gym
 import mani_skill.envs  # noqa: F401  registers the envs
 import torch as th
 from mani_skill.utils.registration import REGISTERED_ENVS
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_dsrl.envs.fast import wants_fast
 from sb3_dsrl.envs.maniskill_wrappers import flat_images, unbatched
-from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
-from sb3_dsrl.envs.workers import WorkerError, WorkerSettings
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.envs.worker_vec_env import spread_envs
+from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
-from sb3_dsrl.steering.contract import SteerMode
-from sb3_dsrl.steering.steering import check_flow
-from sb3_dsrl.steering.vec_env import VecLatentSteering
 
 SimBackend = Literal["physx_cpu", "physx_cuda", "cpu", "gpu"]
 
 #: ManiSkill's short names.
 SIM_BACKENDS = {"physx_cpu": "physx_cpu", "physx_cuda": "physx_cuda", "cpu": "physx_cpu", "gpu": "physx_cuda"}
-
-
-def make_latent_env(
-    env_id: str,
-    flow: SteerablePolicy,
-    n_envs: int = 1,
-    *,
-    obs_mode: str | None = None,
-    control_mode: str | None = None,
-    act_horizon: int | None = None,
-    noise_bound: float = 4.0,
-    steer_mode: SteerMode = "full",
-    num_steps: int | None = None,
-    allow_other_task: bool = False,
-    seed: int | None = None,
-    **chunk_env_kwargs: Any,
-) -> VecLatentSteering:
-    """
-    Many steered ManiSkill envs, ready for SB3.
-
-    :param env_id: ManiSkill environment
-    :param flow: the policy that is steered; it is frozen
-    :param n_envs: N
-    :param obs_mode: ManiSkill observation mode; None is the flow's
-    :param control_mode: ManiSkill controller; None is the flow's
-    :param act_horizon: H; None is the flow's own. With another H, ``env.steering.flow`` is what rollouts and stage 1 need, see
-        :meth:`SteerablePolicy.with_act_horizon <sb3_dsrl.policies.base.SteerablePolicy.with_act_horizon>`.
-    :param noise_bound: the action space is ``Box(-noise_bound, noise_bound, (T, A))``
-    :param steer_mode: "full" steers all T entries of the noise; "act_horizon" the first H, the tail comes from the prior;
-        "shared" one entry, which is repeated T times
-    :param num_steps: decoding steps; None is the flow's own
-    :param allow_other_task: accept another task than the one that the flow was trained on
-    :param seed: env i is seeded with ``seed + i`` at its first reset
-    :param chunk_env_kwargs: further arguments of :func:`make_chunk_env`, such as ``sim_backend``, ``reward_mode``,
-        ``max_episode_steps``, ``ignore_terminations`` and ``workers``; ``gamma`` and ``reward_scale`` are the flow's if not
-        given
-    :return: the vectorised env; ``macro_gamma`` is the discount for PPO
-    :raises ValueError: if an argument does not fit
-    """
-    check_flow(flow)
-    flow = flow if act_horizon is None else flow.with_act_horizon(act_horizon)
-    venv = make_chunk_env(
-        env_id,
-        n_envs,
-        act_horizon=flow.act_horizon,
-        obs_horizon=flow.obs_horizon,
-        obs_mode=obs_mode or flow.obs_mode,
-        control_mode=control_mode or flow.control_mode,
-        **(dict(gamma=flow.gamma, reward_scale=flow.reward_scale) | chunk_env_kwargs),
-    )
-    try:
-        latent = VecLatentSteering(venv, flow, noise_bound, steer_mode, num_steps, allow_other_task)
-    except BaseException:
-        venv.close()
-        raise
-    if seed is not None:
-        latent.seed(seed)
-    return latent
 
 
 def make_chunk_env(
@@ -105,8 +43,7 @@ def make_chunk_env(
     **env_kwargs: Any,
 ) -> VecEnv:
     """
-    Many ManiSkill envs whose actions are chunks of raw actions: what :func:`make_latent_env` steers, and with the default
-    horizons what a baseline without a flow learns in.
+    Many ManiSkill envs whose actions are chunks: what :func:`sb3_dsrl.make_chunk_env` makes of an id of ManiSkill.
 
     On the CPU one env runs in this process; several run in worker processes, as many as there are cores, or on a Ray
     cluster. On a GPU one batched simulator runs them all in this process. The number of envs decides nothing about the
@@ -155,14 +92,7 @@ def make_chunk_env(
     if env_kwargs["sim_backend"] == "physx_cuda":
         return BatchedChunkEnv(flat_images(_made(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)
     fast = fast and wants_fast()  # this process's settings, not those of a worker elsewhere
-    if n_envs == 1 and workers is None:
-        return DummyVecEnv([make])
-    try:
-        return WorkerVecEnv([make] * n_envs, workers, hide_gpu=env_kwargs["render_backend"] in ("none", "cpu", "sapien_cpu"))
-    except WorkerError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None  # as it is with one env in this process
-        raise
+    return spread_envs(make, n_envs, workers, hide_gpu=env_kwargs["render_backend"] in ("none", "cpu", "sapien_cpu"))
 
 
 def _made(env_id: str, **env_kwargs: Any) -> gym.Env:
@@ -196,7 +126,7 @@ def maniskill_kwargs(env_id: str, obs_mode: str, **env_kwargs: Any) -> dict[str,
 
 def _advice(env_id: str) -> str:
     if env_id in gym.registry:
-        made = f"LatentSteeringWrapper(gym.make({env_id!r}), flow)"
-        return f", but gymnasium's; for those use stable_baselines3's make_vec_env(lambda: {made}, n_envs=...)"
-    close = difflib.get_close_matches(env_id, REGISTERED_ENVS, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+        return ", but gymnasium's"
+    close = difflib.get_close_matches(env_id, gym.registry, n=3)  # ManiSkill's are among them
+    meant = f"; did you mean {' or '.join(close)}? Ids" if close else "; ids"
+    return f"{meant} of other packages are known once those are imported"

@@ -12,6 +12,8 @@ from mani_skill.utils.wrappers import CPUGymWrapper, FlattenRGBDObservationWrapp
 from stable_baselines3.common.env_util import is_wrapped
 
 from sb3_dsrl.envs.fast import make_fast, wants_fast
+from sb3_dsrl.envs.sim_state import get_sim_state, set_sim_state
+from sb3_dsrl.steering.sim_state import set_wrapper_counters, wrapper_counters
 
 
 def unbatched(env: gym.Env, fast: bool | None = None) -> gym.Env:
@@ -103,3 +105,15 @@ class EpisodeSeeds(gym.Wrapper):
         else:
             self._rng = np.random.default_rng(seed)
         return self.env.reset(seed=seed, options=options)
+
+    def get_sim_state(self) -> dict[str, Any]:
+        """See :mod:`sb3_dsrl.envs.sim_state`. Which episodes follow is no part of it."""
+        return dict(base=get_sim_state(self.unwrapped), wrappers=wrapper_counters(self.env))  # type: ignore[arg-type]
+
+    def set_sim_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: of :meth:`get_sim_state` of this env in this episode
+        :raises ValueError: if it is of another env, or the scene was built anew since then
+        """
+        set_sim_state(self.unwrapped, state["base"])  # type: ignore[arg-type]
+        set_wrapper_counters(self.env, state["wrappers"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_dsrl.envs.workers import START_TIMEOUT, EnvFn, WorkerError, WorkerSettings
@@ -112,6 +112,22 @@ class WorkerVecEnv(VecEnv):
         """Calls a method of the envs."""
         return self._on("env_method", (method_name, *method_args), method_kwargs, indices)
 
+    def set_sim_states(self, states: Sequence[Any], indices: VecEnvIndices = None) -> None:
+        """
+        :param states: of :meth:`ActionChunkWrapper.get_sim_state <sb3_dsrl.ActionChunkWrapper.get_sim_state>`, one of each
+        :param indices: of the envs; None are all
+        """
+        given = dict(zip(self._get_indices(indices), states, strict=True))
+        asked = []
+        for i, part in enumerate(self._slices):
+            own = [j for j in given if part.start <= j < part.stop]
+            if own:
+                local = [j - part.start for j in own]
+                self._workers[i].submit("call", "set_sim_states", [given[j] for j in own], local)
+                asked.append(i)
+        for i in asked:
+            self._result(i)
+
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """Whether the envs are wrapped in this class."""
         return self._on("env_is_wrapped", (wrapper_class,), {}, indices)
@@ -174,6 +190,29 @@ class WorkerVecEnv(VecEnv):
             for j in range(n)
         ]
         return obs, np.zeros(n, np.float32), np.ones(n, bool), infos, reset_infos
+
+
+def spread_envs(make: EnvFn, n_envs: int, workers: WorkerSettings | None = None, hide_gpu: bool = True) -> VecEnv:
+    """
+    Envs that are made alike: one in this process, several in workers.
+
+    :param make: makes one
+    :param n_envs: N
+    :param workers: how they are spread over workers; None is the default, and no worker for one env
+    :param hide_gpu: see :class:`WorkerVecEnv`
+    :raises ValueError: if there is no env to make, or ``make`` raises it
+    :raises WorkerError: if ``make`` raises something else in a worker
+    """
+    if n_envs < 1:
+        raise ValueError(f"n_envs must be at least 1, found {n_envs}")
+    if n_envs == 1 and workers is None:
+        return DummyVecEnv([make])
+    try:
+        return WorkerVecEnv([make] * n_envs, workers, hide_gpu)
+    except WorkerError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None  # as it is with one env in this process
+        raise
 
 
 def _joined(parts: Sequence[Any]) -> Any:

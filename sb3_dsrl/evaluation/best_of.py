@@ -48,11 +48,13 @@ class BestOfM:
         """
         :param observation: features, (N, C)
         :param deterministic: makes no difference, since the candidates are always drawn
-        :return: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``, and None, as SB3's ``predict``
+        :return: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``, with residual 0 if there is one, and None, as
+            SB3's ``predict``
         """
         flow = self.steering.flow
         cond = th.as_tensor(observation, device=flow.device)
         # drawn on the CPU, where evaluations seed the generator
         w = self.steering.choices(len(cond), self.n_candidates).to(flow.device)
         best = score_noises(self.steering, self.critic, cond, w, self.kappa).argmax(dim=1)
-        return w[th.arange(len(w), device=w.device), best][:, self.steering.rows].cpu().numpy(), None
+        w = w[th.arange(len(w), device=w.device), best][:, self.steering.rows]
+        return self.steering.action_space.join(w).cpu().numpy(), None

@@ -19,6 +19,7 @@ from sb3_dsrl.evaluation.vec_normalize import require_raw_features, statistics_k
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.contract import PLAYING, check_act_horizon, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
+from sb3_dsrl.utils.observations import map_frames
 
 
 class Predictor(Protocol):
@@ -38,20 +39,24 @@ class HasLatent(Protocol):
 
 
 #: Whatever chooses the noise: a model or a policy; a steered policy, by its latent one; a frozen flow, which stands for its
-#: prior; the name of a control, "prior" or "zero"; or one fixed noise, of the shape of the env's actions.
+#: prior; the name of a control, "prior" or "zero"; or one fixed noise, (T, A), (H, A) or (1, A), see ``steer_mode``. What is
+#: not learned plays residual 0, where there is one.
 Actor = Predictor | HasLatent | SteerablePolicy | str | np.ndarray
 
 
 @dataclass
 class MacroStep:
-    """One step of all envs; ``counts`` says which of them still play an episode of their quota."""
+    """
+    One step of all envs; ``counts`` says which of them still play an episode of their quota, and ``w`` are the actions, noise
+    and residual if there is one.
+    """
 
-    obs: np.ndarray
+    obs: Any
     w: np.ndarray
     rewards: np.ndarray
     dones: np.ndarray
     infos: list[dict[str, Any]]
-    next_obs: np.ndarray
+    next_obs: Any
     counts: np.ndarray
 
 
@@ -106,24 +111,24 @@ def play(
         raise ValueError(f"episodes must be at least 1, found {episodes}")
     venv = as_vec_env(env)
     noise_seed = seed if noise_seed is None else noise_seed
-    act = _actor(actor, venv, noise_seed, deterministic)
+    act = actor_function(actor, venv, noise_seed, deterministic)
     quota = quota_per_env(episodes, venv.num_envs)
     gpus = range(th.cuda.device_count() if th.cuda.is_initialized() else 0)  # manual_seed seeds them, too
     bar = tqdm(total=episodes, desc=name, disable=not progress_bar)
     with bar, th.random.fork_rng(gpus), statistics_kept(venv), _own_env_left_behind(actor, venv):
         venv.seed(seed)
-        obs = np.asarray(venv.reset())
+        obs: Any = map_frames(np.asarray, venv.reset())
         th.manual_seed(noise_seed)
         while quota.any():
             w = act(obs)
             next_obs, rewards, dones, infos = venv.step(w)
             failed = np.array([info.get("worker_failed", False) for info in infos])
             counts = (quota > 0) & ~failed  # the episode that a failed worker lost is played again
-            yield MacroStep(obs, w, rewards, dones, infos, np.asarray(next_obs), counts)
+            yield MacroStep(obs, w, rewards, dones, infos, map_frames(np.asarray, next_obs), counts)
             finished = dones & counts
             bar.update(int(finished.sum()))
             quota = quota - finished
-            obs = np.asarray(next_obs)
+            obs = map_frames(np.asarray, next_obs)
 
 
 def evaluate(
@@ -144,7 +149,8 @@ def evaluate(
     stochastic play: they can differ widely.
 
     :param actor: a model, a policy or a :class:`~sb3_dsrl.SteeredPolicy`; a flow or "prior" (w ~ N(0, I)); "zero" (w = 0); or
-        one fixed noise, of the shape of the env's actions
+        one fixed noise, of the shape that the env steers. All but the first three play residual 0, where there is one;
+        :func:`~sb3_dsrl.without_residual` makes these do so, too.
     :param env: steered env, gym or vectorised
     :param episodes: in all; split evenly over the envs
     :param name: of the result; None takes the control's name or "model"
@@ -189,10 +195,11 @@ def _own_env_left_behind(actor: Actor, venv: VecEnv) -> Iterator[None]:
     try:
         yield
     finally:
-        if isinstance(actor, BaseAlgorithm):
-            own = actor.get_env()
+        model = getattr(actor, "model", actor)  # of without_residual
+        if isinstance(model, BaseAlgorithm):
+            own = model.get_env()
             if own is not None and share_a_simulator(own, venv):
-                actor._last_obs = None  # learn() then resets the env
+                model._last_obs = None  # learn() then resets the env
 
 
 def share_a_simulator(a: gym.Env | VecEnv, b: gym.Env | VecEnv) -> bool:
@@ -209,9 +216,14 @@ def _innermost(env: gym.Env | VecEnv) -> set[int]:
     return {id(inner.unwrapped) for inner in base.envs} if isinstance(base, DummyVecEnv) else {id(base)}
 
 
-def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:
-    shape = (venv.num_envs, *venv.action_space.shape)  # type: ignore[misc]
+def actor_function(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callable[[np.ndarray], np.ndarray]:
     space: Any = venv.action_space
+    shape = (venv.num_envs, *(space.noise_shape if isinstance(space, NoiseSpace) else space.shape))
+
+    def played(noise: np.ndarray) -> np.ndarray:
+        action = space.join(noise) if isinstance(space, NoiseSpace) else noise
+        return action.clip(space.low, space.high).astype(np.float32)
+
     if isinstance(actor, SteerablePolicy):
         if isinstance(space, NoiseSpace):
             check_act_horizon(actor, space.contract)
@@ -223,12 +235,12 @@ def _actor(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -> Callab
     if isinstance(actor, str):
         if actor == "prior":
             rng = np.random.default_rng(seed)
-            return lambda obs: rng.standard_normal(shape).clip(space.low, space.high).astype(np.float32)
+            return lambda obs: played(rng.standard_normal(shape))
         if actor == "zero":
-            return lambda obs: np.zeros(shape, np.float32)
+            return lambda obs: played(np.zeros(shape))
         raise ValueError(f"Unknown control {actor!r}; expected 'prior' (w ~ N(0, I)) or 'zero' (w = 0)")
     if isinstance(actor, np.ndarray):
-        fixed = np.broadcast_to(actor.astype(np.float32), shape).clip(space.low, space.high)
+        fixed = played(np.broadcast_to(actor.astype(np.float32), shape))
         return lambda obs: fixed
     if isinstance(actor, HasLatent):
         require_raw_features(venv, "A steered policy")

@@ -25,7 +25,7 @@ class Rollouts:
 
     :param cond: features, (n, C)
     :param w: noise that was executed, (n, T, A), (n, H, A) or (n, 1, A), see ``steer_mode``
-    :param chunk: actions that it became, (n, H, A)
+    :param chunk: actions that it became, with the residual if there was one, (n, H, A)
     :param reward: macro rewards, (n,)
     :param discount: ``gamma^k``, 0 after a termination, (n,)
     :param next_cond: features afterwards, (n, C)
@@ -105,7 +105,8 @@ def collect_rollouts(
             ended = step.dones[i] and not info["TimeLimit.truncated"]
             discount = 0.0 if ended else gamma ** info["chunk_length"]
             after = info["terminal_observation"] if step.dones[i] else step.next_obs[i]
-            row = (step.obs[i], step.w[i], info["action_chunk"], step.rewards[i], discount, after)
+            w, _ = steering.action_space.split(step.w[i])
+            row = (step.obs[i], w, info["action_chunk"], step.rewards[i], discount, after)
             open_episodes.setdefault(int(i), []).append(row)
             if step.dones[i]:
                 finished.append(open_episodes.pop(int(i)))

@@ -21,7 +21,7 @@ from sb3_dsrl.evaluation.results import EvalResult
 from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
 from sb3_dsrl.evaluation.steerability_report import ActionSpread, SteerabilityReport
 from sb3_dsrl.evaluation.tickets import find_ticket
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
 from sb3_dsrl.stage0.demo_files import load_demos
 from sb3_dsrl.stage0.demos import Demos, chunks_from_now
@@ -38,7 +38,7 @@ BLOCK = 4_096
 
 
 def steerability(
-    flow: SteerablePolicy,
+    flow: FlowLike,
     env: gym.Env | VecEnv,
     critic: EnsembleChunkCritic | None = None,
     demos: Demos | str | Path | None = None,
@@ -58,7 +58,7 @@ def steerability(
     first half of the base episodes. The rest searches the fixed noise, on other starts: with the defaults 16 noises play the
     same 7 episodes and the best 3 of them 12 more.
 
-    :param flow: the flow that the env steers
+    :param flow: the flow that the env steers, or its folder
     :param env: steered env, gym or vectorised; let it ignore terminations, so that ``success_at_end`` is judged at the time
         limit
     :param critic: ensemble chunk critic; None is the flow's own, if that is trained, and for the H that the env
@@ -73,7 +73,7 @@ def steerability(
     :return: what was found; print it, plot it or save it
     :raises ValueError: if the env steers another flow or reports no success, the demos do not fit, or the episodes are too few
     """
-    steering = find_steering(env)
+    flow, steering = resolve_flow(flow), find_steering(env)
     check_act_horizon(flow, steering.contract)
     if steering.contract.flow_hash != flow.fingerprint():
         raise ValueError(

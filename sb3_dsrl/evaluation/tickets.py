@@ -20,7 +20,7 @@ class Ticket:
     """
     What :func:`find_ticket` found.
 
-    :param w: the noise, of the shape of the env's actions
+    :param w: the noise, of the shape that the env steers, (T, A), (H, A) or (1, A)
     :param success_at_end: of the episodes that chose it; they flatter it, so evaluate it on others
     :param mean_return: of the same episodes
     :param episodes: episodes of this noise
@@ -89,7 +89,8 @@ def find_ticket(
 
 
 def _draw(space: NoiseSpace, n: int, include_zero: bool, seed: int) -> np.ndarray:
-    noises = np.random.default_rng(seed).standard_normal((n, *space.shape)).astype(np.float32).clip(space.low, space.high)
+    noises = np.random.default_rng(seed).standard_normal((n, *space.noise_shape)).astype(np.float32)
+    noises = noises.clip(-space.contract.noise_bound, space.contract.noise_bound)
     if include_zero:
         noises[0] = 0.0
     return noises

@@ -1,4 +1,7 @@
-"""What playing has to do with SB3's VecNormalize: its statistics stay as they were, or it must not be there at all."""
+"""
+What playing has to do with wrappers that change observations: the statistics of SB3's VecNormalize stay as they were, or such
+a wrapper must not be there at all.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from contextlib import contextmanager
 
 import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+
+from sb3_dsrl.steering.vec_env import find_steering
 
 
 def normalizers(env: gym.Env | VecEnv) -> list[VecNormalize]:
@@ -25,16 +30,22 @@ def normalizers(env: gym.Env | VecEnv) -> list[VecNormalize]:
 
 def require_raw_features(env: gym.Env | VecEnv, who: str, rewards: bool = False) -> None:
     """
-    Refuses an env that normalises features, for what must see them as the flow emits them.
+    Refuses an env that normalises, stacks or otherwise changes features, for what must see them as the flow emits them.
 
     :param env: steered env, gym or vectorised
     :param who: needs them, the subject of the message
     :param rewards: whether it needs raw rewards as well
-    :raises ValueError: if the env is wrapped in a VecNormalize that changes them
+    :raises ValueError: if the env is wrapped in something that changes them, or not steered
     """
     if any(layer.norm_obs or (rewards and layer.norm_reward) for layer in normalizers(env)):
         needed = "features and rewards" if rewards else "features"
         raise ValueError(f"{who} needs the flow's own {needed}: pass the env below VecNormalize")
+    features = find_steering(env).observation_space
+    if env.observation_space != features:
+        raise ValueError(
+            f"{who} needs the flow's own features, {features}, but {type(env).__name__} shows {env.observation_space}: steer "
+            f"with obs='features', without wrappers that change observations"
+        )
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def _camera_env(env: gym.Env | VecEnv, size: int, env_kwargs: dict[str, Any]) ->
 
 def _steered_alike(recorder: FrameRecorder, env: gym.Env | VecEnv) -> VecEnv:
     steering = find_steering(env)
-    names = ("gamma", "noise_bound", "steer_mode", "num_steps", "ignore_terminations", "reward_scale")
+    names = ("gamma", "noise_bound", "steer_mode", "num_steps", "ignore_terminations", "reward_scale", "residual_scale")
     settings = {name: getattr(steering.contract, name) for name in names}
     latent = LatentSteeringWrapper(recorder, steering.flow, allow_other_task=True, **settings)
     venv: VecEnv = DummyVecEnv([lambda: latent])

@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
 from sb3_dsrl.stage0.features import FeatureTransitions
 from sb3_dsrl.utils.checkpoint import Stateful, TrainingCheckpoint
@@ -33,7 +33,7 @@ def critic_td_loss(
 
 
 def train_critic(
-    flow: SteerablePolicy,
+    flow: FlowLike,
     transitions: FeatureTransitions,
     *,
     n_iterations: int = 2_000,
@@ -50,13 +50,13 @@ def train_critic(
     """
     Stage 0: trains the chunk critic by SMDP temporal differences under the frozen flow.
 
-    :param flow: samples the next chunks
+    :param flow: samples the next chunks; a policy or its folder
     :param transitions: of demos (:func:`demo_transitions`), of rollouts of the flow, or ``demos + rollouts``
     :param n_iterations: optimiser steps
     :param batch_size: transitions in a batch
     :param learning_rate: of Adam
     :param tau: soft update coefficient of the target critic
-    :param critic: critic to train; None trains ``flow.critic`` in place
+    :param critic: critic to train; None trains ``flow.critic`` in place (of a folder: a copy, which is returned)
     :param num_steps: decoding steps of the next chunks: those that will be played; None is the flow's own
     :param seed: seeds torch's global generator; None leaves it alone
     :param tensorboard_log: folder for TensorBoard, or None
@@ -66,6 +66,7 @@ def train_critic(
     :raises ValueError: if there is no critic to train, or it scores another part of a chunk, or a longer or shorter one, than
         what is executed
     """
+    flow = resolve_flow(flow, shared=False)
     if seed is not None:
         th.manual_seed(seed)
     critic = critic or flow.critic

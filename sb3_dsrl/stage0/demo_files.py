@@ -18,7 +18,8 @@ import h5py
 import numpy as np
 
 from sb3_dsrl.policies.spatial_features import StateLayout, describe
-from sb3_dsrl.stage0.demos import DemoError, Demos, Episode, StoredImages
+from sb3_dsrl.stage0.demos import Demos
+from sb3_dsrl.stage0.episodes import DemoError, Episode, StoredImages, check_alike, checked_episode
 from sb3_dsrl.utils.integrity import check_sums, one_line
 
 
@@ -78,15 +79,7 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         raise
     except Exception as error:  # of many kinds: HDF5 checks little before it reads
         raise DemoError(f"{path} cannot be read as HDF5; it is damaged or cut short ({one_line(error)})") from error
-    for attribute, letter in (("obs", "D"), ("actions", "A")):
-        sizes = {getattr(episode, attribute).shape[-1] for episode in episodes}
-        if len(sizes) > 1:
-            raise DemoError(
-                f"{path}: {attribute} have {sorted(sizes)} dimensions in different episodes; expected one {letter}"
-            )
-    shapes = {repr(episode.images and episode.images.shapes) for episode in episodes}
-    if len(shapes) > 1:
-        raise DemoError(f"{path}: images differ in shape between episodes ({' and '.join(sorted(shapes))})")
+    check_alike(path, episodes)
     flat = episodes[0].images is None
     return Demos(
         path=path,
@@ -162,32 +155,11 @@ def _read_episode(path: Path, name: str, group: h5py.Group) -> Episode:
             raise DemoError(f"{where} has no {key!r}: replay the file with `--obs-mode state` so that it holds observations")
     obs, images = _read_obs(path, where, group["obs"])
     actions = _numbers(where, "actions", group["actions"], 2).astype(np.float32)
-    length = len(actions)
-    if length == 0:
-        raise DemoError(f"{where} has no steps")
-    names = ("rewards", "terminated", "success")
-    series = {key: _numbers(where, key, group[key], 1) if key in group else None for key in names}
-    expected = {"obs": (obs, length + 1), **{key: (value, length) for key, value in series.items()}}
-    for key, (value, n) in expected.items():
-        if value is not None and len(value) != n:
-            raise DemoError(f"{where}/{key} has {len(value)} entries, expected {n} for {length} actions")
-    for key, value in {"obs": obs, "actions": actions, **series}.items():
-        if value is not None and not np.isfinite(value).all():
-            raise DemoError(f"{where}/{key} holds NaN or infinite values")
-    if np.abs(actions).max() > 1.0 + 1e-4:
-        raise DemoError(
-            f"{where}/actions reach {np.abs(actions).max():.3g}, expected [-1, 1]: replay the file to a normalised controller "
-            f"such as pd_joint_delta_pos"
-        )
-    terminated = series["terminated"]
-    return Episode(
-        obs=obs,
-        actions=actions.clip(-1.0, 1.0),
-        rewards=None if series["rewards"] is None else series["rewards"].astype(np.float32),
-        terminated=np.zeros(length, bool) if terminated is None else terminated.astype(bool),
-        success=None if series["success"] is None else series["success"].astype(bool),
-        images=images,
-    )
+    series = {key: _numbers(where, key, group[key], 1) for key in ("rewards", "terminated", "success") if key in group}
+    return checked_episode(where, obs, actions, images=images, advice=_CONTROLLER, **series)
+
+
+_CONTROLLER = "replay the file to a normalised controller such as pd_joint_delta_pos"
 
 
 def _read_obs(path: Path, where: str, obs: h5py.Group | h5py.Dataset) -> tuple[np.ndarray, StoredImages | None]:

@@ -6,109 +6,92 @@ Letters in shapes: ``n`` samples, ``L`` env steps of an episode, ``D`` dimension
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sb3_dsrl.policies.spatial_features import StateLayout
+from sb3_dsrl.stage0.episodes import DemoError, Episode, as_unit, check_alike, checked_episode, split_obs
 from sb3_dsrl.utils.observations import map_frames
-
-
-class DemoError(ValueError):
-    """A demo file that is damaged or not what was asked for; the sentence names file and key."""
-
-
-@dataclass
-class StoredImages:
-    """
-    The images of one episode, in the file. They are laid out as ManiSkill's ``FlattenRGBDObservationWrapper`` does it.
-
-    :param path: the ``.h5`` file
-    :param cameras: for ``rgb`` and ``depth`` the names of their datasets, one a camera, in the order of the env
-    :param shapes: (height, width, channels), all cameras together
-    """
-
-    path: Path
-    cameras: dict[str, list[str]]
-    shapes: dict[str, tuple[int, int, int]]
-
-    def read(self) -> dict[str, np.ndarray]:
-        """
-        :return: for each key (L + 1, height, width, channels)
-        :raises DemoError: if the file is damaged
-        """
-        try:
-            with h5py.File(self.path, "r") as file:
-                images = {
-                    key: np.concatenate([np.asarray(file[name]) for name in names], axis=-1)
-                    for key, names in self.cameras.items()
-                }
-        except Exception as error:  # of many kinds: HDF5 checks little before it reads
-            raise DemoError(f"{self.path} cannot be read any more; it is damaged or was replaced ({error})") from error
-        for key, image in images.items():
-            if image.dtype.kind == "f" and not np.isfinite(image).all():
-                raise DemoError(f"{self.path}:{self.cameras[key][0]} holds NaN or infinite values")
-        return images
-
-
-@dataclass
-class Episode:
-    """
-    One episode, in env steps.
-
-    :param obs: the state part of the observations, (L + 1, D)
-    :param actions: (L, A), in [-1, 1]
-    :param rewards: (L,), or None if the file holds none
-    :param terminated: (L,)
-    :param success: (L,), or None if the file holds none
-    :param images: None if the observations hold none
-    """
-
-    obs: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray | None
-    terminated: np.ndarray
-    success: np.ndarray | None
-    images: StoredImages | None = None
-
-    def __len__(self) -> int:
-        return len(self.actions)
-
-    def read_obs(self) -> Any:
-        """
-        All observations, with images read from the file.
-
-        :return: (L + 1, D), or a dict of ``state`` and images, each with L + 1 rows
-        """
-        if self.images is None:
-            return self.obs
-        return ({"state": self.obs} if self.obs.shape[1] else {}) | self.images.read()
 
 
 @dataclass
 class Demos:
     """
-    The episodes of one file and what its JSON says about them.
+    Episodes, and what is known about them. :func:`~sb3_dsrl.load_demos` reads ManiSkill's files; ``load_minari``,
+    ``load_lerobot`` and ``load_robomimic`` read those of others, and :meth:`from_arrays` takes what is in memory.
 
-    :param path: the ``.h5`` file
+    :param path: where they come from, for error messages
     :param episodes: in the order of the file
-    :param env_id: environment they were recorded in
-    :param obs_mode: ManiSkill observation mode
+    :param env_id: environment they were recorded in; None if nobody says, as below
+    :param obs_mode: ManiSkill observation mode; "state" of everything without images
     :param control_mode: ManiSkill controller of the actions
     :param reward_mode: ManiSkill reward mode of the rewards
-    :param state_layout: name and size of each part of a flat observation, or None if the file does not say
+    :param state_layout: name and size of each part of a flat observation
     """
 
-    path: Path
+    path: str | Path
     episodes: list[Episode]
-    env_id: str
+    env_id: str | None
     obs_mode: str
-    control_mode: str
+    control_mode: str | None
     reward_mode: str | None
     state_layout: StateLayout | None = None
+
+    @classmethod
+    def from_arrays(
+        cls,
+        obs: Sequence[Any],
+        actions: Sequence[ArrayLike],
+        rewards: Sequence[ArrayLike] | None = None,
+        terminated: Sequence[ArrayLike] | None = None,
+        success: Sequence[ArrayLike] | None = None,
+        *,
+        action_bounds: tuple[ArrayLike, ArrayLike] | None = None,
+        env_id: str | None = None,
+        control_mode: str | None = None,
+        reward_mode: str | None = None,
+        state_layout: StateLayout | None = None,
+        path: str | Path = "arrays",
+    ) -> Demos:
+        """
+        Demos from arrays, one of each a episode.
+
+        :param obs: (L + 1, D), the last one seen after the last action; or dicts of ``state`` (L + 1, D) and of ``rgb``
+            (uint8) or ``depth`` or both, (L + 1, height, width, channels)
+        :param actions: (L, A)
+        :param rewards: (L,); None if there are none, which only the critic needs
+        :param terminated: (L,), where the episode really ended, time limits apart; None is nowhere
+        :param success: (L,); None if it is unknown
+        :param action_bounds: ``action_space.low`` and ``action_space.high`` of the env, between which the actions lie; None if
+            they lie in [-1, 1]
+        :param env_id: environment they were recorded in; a flow that learns from them is refused elsewhere
+        :param control_mode: what the actions are; in a name with "delta" in it they are differences, so that a chunk past the
+            end of an episode stands still where others repeat the last action
+        :param reward_mode: of ManiSkill envs: which rewards these are
+        :param state_layout: name and size of each part of a flat observation
+        :param path: where they come from, for error messages
+        :raises DemoError: if lengths, shapes or values are not what is said here; the sentence names episode and array
+        """
+        columns: dict[str, Any] = dict(obs=obs, actions=actions, rewards=rewards, terminated=terminated, success=success)
+        known = {name: column for name, column in columns.items() if column is not None}
+        counts = {name: len(column) for name, column in known.items()}
+        if len(set(counts.values())) != 1 or not counts["obs"]:
+            raise DemoError(f"{path}: expected one array of each kind an episode, and at least one episode, found {counts}")
+        episodes = []
+        for i in range(len(obs)):
+            where, series = f"{path}: episode {i}", {name: column[i] for name, column in known.items()}
+            state, images = split_obs(where, series.pop("obs"))
+            scaled = as_unit(where, series.pop("actions"), action_bounds)
+            episodes.append(checked_episode(where, state, scaled, images=images, advice=_BOUNDS, **series))
+        check_alike(path, episodes)
+        seen = episodes[0].images
+        obs_mode = "state" if seen is None else "rgbd" if len(seen.shapes) == 2 else next(iter(seen.shapes))
+        return cls(path, episodes, env_id, obs_mode, control_mode, reward_mode, state_layout)
 
     @property
     def obs_dim(self) -> int:
@@ -145,6 +128,9 @@ class Demos:
     def actions(self) -> np.ndarray:
         """All actions, (n, A)."""
         return np.concatenate([episode.actions for episode in self.episodes])
+
+
+_BOUNDS = "pass action_bounds=(action_space.low, action_space.high) of the env"
 
 
 @dataclass
@@ -190,7 +176,7 @@ def seen_steps(steps: np.ndarray, obs_horizon: int) -> np.ndarray:
     return (steps[:, None] + np.arange(1 - obs_horizon, 1)).clip(min=0)
 
 
-def chunks_from_now(episode: Episode, control_mode: str, horizon: int) -> np.ndarray:
+def chunks_from_now(episode: Episode, control_mode: str | None, horizon: int) -> np.ndarray:
     """
     At every step of an episode the actions from now on: the first entries of a longer chunk are the shorter one.
 
@@ -198,12 +184,12 @@ def chunks_from_now(episode: Episode, control_mode: str, horizon: int) -> np.nda
     still and keep their gripper (the last dimension), others repeat the last action.
 
     :param episode: the episode
-    :param control_mode: ManiSkill controller of its actions
+    :param control_mode: ManiSkill controller of its actions; None if there is none
     :param horizon: actions in a chunk, T for the flow and H for the critic
     :return: (L, horizon, A)
     """
     filler = episode.actions[-1].copy()
-    if "delta" in control_mode:
+    if "delta" in (control_mode or ""):
         filler[:-1] = 0.0
     padded = np.concatenate([episode.actions, np.tile(filler, (horizon - 1, 1))])
     return padded[np.arange(len(episode))[:, None] + np.arange(horizon)]
@@ -250,8 +236,8 @@ def chunk_transitions(
     for i, episode in enumerate(demos.episodes):
         if episode.rewards is None:
             raise ValueError(
-                f"{demos.path}: episode {i} has no 'rewards': record them (replay_trajectory --record-rewards) with the "
-                f"reward_mode that stage 2 will use"
+                f"{demos.path}: episode {i} has no 'rewards': record them (of ManiSkill: replay_trajectory --record-rewards) "
+                f"with the reward_mode that stage 2 will use"
             )
         ends = np.flatnonzero(episode.terminated)
         length = len(episode) if ignore_terminations or len(ends) == 0 else int(ends[0]) + 1

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch as th
 
 from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.stage0.demos import Demos, chunk_transitions, frame_history
 from sb3_dsrl.steering.contract import ignores_terminations
 
@@ -47,15 +48,16 @@ class FeatureTransitions:
 
 
 @th.no_grad()
-def encode_demos(flow: SteerablePolicy, demos: Demos) -> Demos:
+def encode_demos(flow: FlowLike, demos: Demos) -> Demos:
     """
     The same demos with features in place of observations, encoded once and one episode at a time.
 
-    :param flow: its ``encode`` is used
+    :param flow: its ``encode`` is used; a policy or its folder
     :param demos: the demos
     :return: demos whose ``obs`` are (L + 1, C)
     :raises ValueError: if demos and flow do not fit
     """
+    flow = resolve_flow(flow)
     check_demos_fit(flow, demos)
     features = [flow.encode(frame_history(episode.read_obs(), flow.obs_horizon)) for episode in demos.episodes]
     episodes = [
@@ -64,18 +66,18 @@ def encode_demos(flow: SteerablePolicy, demos: Demos) -> Demos:
     return replace(demos, episodes=episodes)
 
 
-def demo_transitions(flow: SteerablePolicy, demos: Demos, ignore_terminations: bool | None = None) -> FeatureTransitions:
+def demo_transitions(flow: FlowLike, demos: Demos, ignore_terminations: bool | None = None) -> FeatureTransitions:
     """
     Chunk transitions of demos in the flow's features, with its horizons, gamma and reward scale.
 
-    :param flow: the policy
+    :param flow: the policy, or its folder
     :param demos: the demos
     :param ignore_terminations: as in ManiSkill; the same as in stage 2. None is
         :func:`~sb3_dsrl.steering.contract.ignores_terminations` of the demos' reward mode
     :return: the transitions, on the flow's device
     :raises ValueError: if demos and flow do not fit, or the demos hold no rewards
     """
-    ignore_terminations = ignores_terminations(demos.reward_mode, ignore_terminations)
+    flow, ignore_terminations = resolve_flow(flow), ignores_terminations(demos.reward_mode, ignore_terminations)
     raw = chunk_transitions(encode_demos(flow, demos), 1, flow.act_horizon, flow.gamma, ignore_terminations, flow.reward_scale)
     columns = (raw.obs[:, 0], raw.chunk, raw.reward, raw.discount, raw.next_obs[:, 0])
     return FeatureTransitions(*map(th.from_numpy, columns)).to(flow.device)
@@ -86,7 +88,7 @@ def check_demos_fit(flow: SteerablePolicy, demos: Demos) -> None:
     :param flow: the policy
     :param demos: the demos
     :raises ValueError: if demos and flow differ in observation mode, shapes of observations, action size, control mode or
-        env id
+        env id; what one of them does not know differs from nothing
     """
     for what, found, expected in (
         ("obs_mode", demos.obs_mode, flow.obs_mode),
@@ -95,5 +97,5 @@ def check_demos_fit(flow: SteerablePolicy, demos: Demos) -> None:
         ("control_mode", demos.control_mode, flow.control_mode),
         ("env_id", demos.env_id, flow.env_id),
     ):
-        if expected is not None and found != expected:
+        if None not in (expected, found) and found != expected:
             raise ValueError(f"{demos.path} does not fit the flow: {what} is {found!r} in the demos, {expected!r} in the flow")

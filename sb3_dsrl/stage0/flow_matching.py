@@ -118,7 +118,7 @@ def create_flow(
 
 def train_flow(
     demos: Demos | str | Path,
-    flow: FlowPolicy | None = None,
+    flow: FlowPolicy | str | Path | None = None,
     *,
     n_iterations: int = 3_000,
     batch_size: int = 128,
@@ -141,7 +141,7 @@ def train_flow(
     normalises observations and actions is fitted to these demos if it never was to any.
 
     :param demos: demos, or the path of an ``.h5`` file
-    :param flow: policy to go on with; None creates one with :func:`create_flow`
+    :param flow: policy to go on with, or its folder, which stays as it is; None creates one with :func:`create_flow`
     :param n_iterations: optimiser steps
     :param batch_size: windows in a batch
     :param learning_rate: start of a cosine schedule to 0 (AdamW)
@@ -170,6 +170,8 @@ def train_flow(
         demos = load_demos(demos)
     if flow is None:
         flow = create_flow(demos, **create_kwargs)
+    elif not isinstance(flow, FlowPolicy):
+        flow = FlowPolicy.from_pretrained(flow, device)
     loss_kwargs = dict(loss_kwargs or {})
     learns_to_see = _learns_to_see(flow, demos, images)
     _check_settings(flow, advantage, learns_to_see, loss_kwargs)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch as th
 from torch import nn
@@ -37,6 +37,22 @@ class Batch(NamedTuple):
     w: th.Tensor
     weights: th.Tensor
     scalars: dict[str, th.Tensor]
+
+
+class Watcher(Protocol):
+    """Looks at the policy after every iteration and keeps something of what it saw."""
+
+    def look(self, done: int, policy: LatentPolicy) -> None:
+        """
+        :param done: iterations
+        :param policy: as it is after them
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From checkpoints."""
 
 
 class WeightedNoise(Protocol):
@@ -118,19 +134,30 @@ def aw_mle_loss(policy: LatentPolicy, obs: th.Tensor, w: th.Tensor, weights: th.
     return -(weights * policy.log_prob(obs, w)).sum(dim=1).mean() + kl_coef * policy.kl_to_prior(obs).mean()
 
 
-def fit_policy(policy: LatentPolicy, noise: WeightedNoise, settings: FitSettings, records: Records) -> None:
+def fit_policy(
+    policy: LatentPolicy,
+    noise: WeightedNoise,
+    settings: FitSettings,
+    records: Records,
+    watcher: Watcher | None = None,
+) -> None:
     """
-    Fits pi, and nothing else of the policy, to weighted noise.
+    Fits pi, and nothing else of the policy, to weighted noise. The outputs for a residual get no gradient: a new policy's mean
+    of 0 stays 0.
 
     :param policy: the latent policy
     :param noise: what it learns from
     :param settings: of the training
-    :param records: who watches it
+    :param records: where it is shown and kept
+    :param watcher: looks at the policy after every iteration
     """
     params = [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]
     params += [policy.log_std] if settings.learn_std else []
     optimizer = th.optim.Adam(params, lr=settings.learning_rate)
-    loop = records.loop("stage 1", settings.n_iterations, dict(policy=policy, optimizer=optimizer))
+    parts: dict[str, Stateful] = dict(policy=policy, optimizer=optimizer)
+    if watcher is not None:
+        parts["watcher"] = watcher
+    loop = records.loop("stage 1", settings.n_iterations, parts)
     for i in loop:
         batch = noise.sample(settings.batch_size)
         cond, w, weights = (x.to(policy.device) for x in batch[:3])
@@ -141,6 +168,8 @@ def fit_policy(policy: LatentPolicy, noise: WeightedNoise, settings: FitSettings
             _drop_std_gradients(policy.action_net)
         optimizer.step()
         loop.log({"stage1/loss": loss, **batch.scalars})
+        if watcher is not None:
+            watcher.look(i + 1, policy)
         records.show(i + 1, policy)
 
 

@@ -1,4 +1,4 @@
-"""Stage 1 with either weighting: noises that rollouts executed, or candidates that the critic scores."""
+"""Stage 1 with each weighting: noises that rollouts executed, candidates that the critic scores, or noises of a search."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_dsrl.evaluation.rollouts import Rollouts
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.evaluation.search_result import SearchResult
+from sb3_dsrl.policies.loading import FlowLike
 from sb3_dsrl.policies.networks import EnsembleChunkCritic
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
@@ -21,9 +22,10 @@ from sb3_dsrl.stage1.aw_mle import FitCallback, Records, fit_policy
 from sb3_dsrl.stage1.candidates import Candidates, FreshCandidates, PooledCandidates, Scorer, WeightedCandidates
 from sb3_dsrl.stage1.executed import ExecutedNoise
 from sb3_dsrl.stage1.gate import Gate
-from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings
+from sb3_dsrl.stage1.searched import BestOnHeldOut, SearchedNoise, held_out_states
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, SearchedSettings
 from sb3_dsrl.stage1.target import lent, steering_and_policy
-from sb3_dsrl.stage1.value import fit_value
+from sb3_dsrl.stage1.value import fit_value, fit_value_to_returns
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.steering.contract import Contract, check_agreement
 from sb3_dsrl.steering.steering import Steering
@@ -31,7 +33,7 @@ from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
 
 def fit_executed(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     rollouts: Rollouts,
     settings: ExecutedSettings | None = None,
     *,
@@ -48,7 +50,8 @@ def fit_executed(
     """
     Stage 1 from the noises that rollouts executed, weighted by their advantages. It needs neither demos nor a critic.
 
-    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
     :param rollouts: of the frozen flow or of the policy so far, from :func:`~sb3_dsrl.collect_rollouts`
     :param settings: None is the recommended ones
     :param policy_kwargs: of the new policy, beside the recommended ones; only when ``target`` is a flow. A model that it is
@@ -78,8 +81,66 @@ def fit_executed(
     return policy
 
 
+def fit_searched(
+    target: FlowLike | BaseAlgorithm,
+    search: SearchResult,
+    settings: SearchedSettings | None = None,
+    *,
+    policy_kwargs: dict[str, Any] | None = None,
+    gate: Gate | None = None,
+    callback: FitCallback | None = None,
+    callback_freq: int = 100,
+    log_interval: int = 100,
+    seed: int | None = None,
+    tensorboard_log: str | Path | None = None,
+    progress_bar: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> LatentPolicy:
+    """
+    Stage 1 from a search: the noises that were tried in the simulator, weighted by what really followed. The policy that
+    comes of it needs no simulator. (Search with the policy so far as proposal, and learning from that again, is expert
+    iteration, https://arxiv.org/abs/1705.08439.)
+
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
+    :param search: from :func:`~sb3_dsrl.search_noise`
+    :param settings: None is the recommended ones
+    :param policy_kwargs: see :func:`fit_executed`, as all that follow
+    :param gate: tests the result
+    :param callback: called with the number of iterations that are done and the policy
+    :param callback_freq: iterations between two calls
+    :param log_interval: iterations between two records in TensorBoard
+    :param seed: seeds torch's global generator
+    :param tensorboard_log: folder for TensorBoard, or None
+    :param progress_bar: show a progress bar
+    :param checkpoint: keeps the state of the training on disk
+    :return: the trained policy, in evaluation mode
+    :raises ValueError: if the search does not fit the flow or the env, or holds too few episodes
+    """
+    settings = SearchedSettings() if settings is None else settings
+    records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq, log_interval)
+    if seed is not None:
+        th.manual_seed(seed)
+    steering, policy = steering_and_policy(target, search, policy_kwargs, who="searched noises")
+    noise = SearchedNoise.of(search, steering, settings)
+    with lent(policy, steering.flow.device):
+        start = deepcopy(policy.state_dict())
+        if settings.held_out:
+            noise, unseen = noise.split(held_out_states(search.episode, settings.held_out))
+            best = BestOnHeldOut(policy, unseen, settings.kl_coef)
+            fit_policy(policy, noise, settings, records, best)
+            policy.load_state_dict(best.best)
+        else:
+            fit_policy(policy, noise, settings, records)
+        if gate is not None:
+            gate.decide(policy.eval(), start)
+        if settings.warm_start_value:
+            fit_value_to_returns(policy, search.cond, search.returns_to_go, settings.batch_size, records)
+    return policy
+
+
 def fit_candidates(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     demos: Demos | str | Path | None = None,
     rollouts: Rollouts | None = None,
     settings: CandidateSettings | None = None,
@@ -99,7 +160,8 @@ def fit_candidates(
     states are those of demos and rollouts. If rollouts are given, a copy of the critic is first trained on all of it, so that
     it has seen failures.
 
-    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
     :param demos: demos, or the path of an ``.h5`` file
     :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`
     :param settings: None is the recommended ones

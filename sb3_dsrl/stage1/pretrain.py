@@ -9,12 +9,13 @@ from typing import Any, Literal, TypeVar
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_dsrl.evaluation.rollouts import Rollouts
-from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.evaluation.search_result import SearchResult
+from sb3_dsrl.policies.loading import FlowLike
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage1.aw_mle import FitCallback
-from sb3_dsrl.stage1.fit import fit_candidates, fit_executed
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_searched
 from sb3_dsrl.stage1.gate import Gate
-from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, FitSettings
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, FitSettings, SearchedSettings
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
@@ -23,10 +24,11 @@ Settings = TypeVar("Settings", bound=FitSettings)
 
 
 def pretrain_latent(
-    target: SteerablePolicy | BaseAlgorithm,
+    target: FlowLike | BaseAlgorithm,
     demos: Demos | str | Path | None = None,
     rollouts: Rollouts | None = None,
     *,
+    search: SearchResult | None = None,
     weighting: Weighting = "auto",
     policy_kwargs: dict[str, Any] | None = None,
     gate: Gate | None = None,
@@ -44,11 +46,16 @@ def pretrain_latent(
 
     With ``weighting="executed"`` this is :func:`fit_executed`: the noises of rollouts, weighted by their advantages. With
     ``weighting="candidates"`` it is :func:`fit_candidates`: noises in the states of demos and rollouts, weighted by the
-    critic.
+    critic. With ``search`` it is :func:`fit_searched`: noises that were tried in the simulator, weighted by what followed.
 
-    :param target: a flow (returns a new policy) or a model with "LatentPolicy" on a steered env (trained in place)
+    Where the env has a residual, the noise alone is trained: the residual's outputs stay as they are, so those of a new
+    policy keep their mean of 0.
+
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
     :param demos: demos, or the path of an ``.h5`` file; for candidates only
     :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`
+    :param search: from :func:`~sb3_dsrl.search_noise`; it is then all that stage 1 learns from
     :param weighting: see above; "auto" takes "executed" where there are rollouts
     :param policy_kwargs: of the new policy, beside the recommended ones; only when ``target`` is a flow. A model that it is
         copied into must have the same ``net_arch``
@@ -61,15 +68,17 @@ def pretrain_latent(
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
     :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
-    :param settings: fields of :class:`ExecutedSettings` or :class:`CandidateSettings`, such as ``n_iterations``, ``beta`` or
-        ``n_candidates``; None is the recommended value
+    :param settings: fields of :class:`ExecutedSettings`, :class:`CandidateSettings` or :class:`SearchedSettings`, such as
+        ``n_iterations``, ``beta`` or ``n_candidates``; None is the recommended value
     :return: the trained policy, in evaluation mode
     :raises TypeError: if the target is neither a flow nor a model, or the weighting does not know a setting
     :raises ValueError: if the data is missing, does not fit the flow or is not used by the weighting, or a setting is out of
         range
     """
-    if demos is None and rollouts is None:
-        raise ValueError("pretrain_latent needs demos, rollouts, or both")
+    if search is not None and (demos is not None or rollouts is not None or weighting != "auto"):
+        raise ValueError("pretrain_latent(search=...) learns from the search alone: leave out demos, rollouts and weighting")
+    if search is None and demos is None and rollouts is None:
+        raise ValueError("pretrain_latent needs demos, rollouts, or both, or a search")
     if weighting not in ("auto", "candidates", "executed"):
         raise ValueError(f"weighting must be 'auto', 'candidates' or 'executed', found {weighting!r}")
     common: dict[str, Any] = dict(
@@ -83,6 +92,8 @@ def pretrain_latent(
         progress_bar=progress_bar,
         checkpoint=checkpoint,
     )
+    if search is not None:
+        return fit_searched(target, search, _settings(SearchedSettings, "searched", settings), **common)
     if weighting == "candidates" or (rollouts is None and weighting == "auto"):
         return fit_candidates(target, demos, rollouts, _settings(CandidateSettings, "candidates", settings), **common)
     if rollouts is None:
@@ -97,7 +108,8 @@ def pretrain_latent(
 
 def _settings(cls: type[Settings], weighting: str, given: dict[str, Any]) -> Settings:
     known = [field.name for field in fields(cls)]
+    what = "search=..." if cls is SearchedSettings else f"weighting={weighting!r}"
     for name in given:
         if name not in known:
-            raise TypeError(f"weighting={weighting!r} does not know the setting {name!r}; it knows {', '.join(known)}")
+            raise TypeError(f"{what} does not know the setting {name!r}; it knows {', '.join(known)}")
     return cls(**{name: value for name, value in given.items() if value is not None})

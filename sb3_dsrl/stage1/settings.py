@@ -1,4 +1,4 @@
-"""Settings of the two weightings of stage 1. The defaults are the recommended ones."""
+"""Settings of the weightings of stage 1. The defaults are the recommended ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class FitSettings:
     """
-    What both weightings have in common.
+    What all weightings have in common.
 
     :param n_iterations: optimiser steps
     :param beta: temperature of the weights: small values learn from the best noises alone
@@ -105,3 +105,26 @@ class CandidateSettings(FitSettings):
         if self.pool_size is not None:
             self._at_least(pool_size=self.n_candidates)
         self._temperatures("tau")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedSettings(FitSettings):
+    """
+    Of :func:`~sb3_dsrl.fit_searched`: at most 1,000 iterations, beta 0.5 and kl_coef 0.001, beside what all settings have.
+    Advantages are normalised over all states.
+
+    :param held_out: share of the searched episodes that are not learned from; the policy that suits them best is kept, of all
+        iterations. 0 holds none out and keeps the last one.
+    :param warm_start_value: also fit the value network to what followed the states, as the search played on
+    """
+
+    n_iterations: int = 1_000
+    beta: float = 0.5
+    kl_coef: float = 1e-3
+    held_out: float = 0.2
+    warm_start_value: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is a share and must lie in [0, 1), found {self.held_out}")

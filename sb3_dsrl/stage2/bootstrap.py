@@ -8,6 +8,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_dsrl.steering.vec_env import find_steering
+from sb3_dsrl.utils.observations import stack_frames
 
 
 class ExactBootstrap(BaseCallback):
@@ -40,7 +41,7 @@ class ExactBootstrap(BaseCallback):
         ]
         if cut:
             policy = self.model.policy
-            last, _ = policy.obs_to_tensor(np.stack([infos[i]["terminal_observation"] for i in cut]))
+            last, _ = policy.obs_to_tensor(stack_frames([infos[i]["terminal_observation"] for i in cut]))
             with th.no_grad():
                 values = policy.predict_values(last).flatten().cpu().numpy()  # type: ignore[operator]
             k = np.array([infos[i]["chunk_length"] for i in cut])

@@ -15,16 +15,21 @@ SelfPriorMixture = TypeVar("SelfPriorMixture", bound="PriorMixtureDistribution")
 
 class PriorMixtureDistribution(DiagGaussianDistribution):
     """
-    ``eps * N(0, I) + (1 - eps) * pi`` over flow noise, where pi is a Gaussian with state-dependent mean and std.
+    ``eps * N(0, I) + (1 - eps) * pi`` over flow noise, where pi is a Gaussian with state-dependent mean and std. A residual
+    r is always pi's: with one the density is ``(eps * N(w; 0, I) + (1 - eps) * pi(w)) * pi(r)``.
 
     ``sample`` and ``log_prob`` are those of the mixture, so that PPO's ratio is exact while it explores with the
     prior. ``mode`` and ``entropy`` are those of pi alone, and so is ``distribution`` (which TRPO's KL divergence reads).
 
-    :param action_dim: entries of the flattened noise
+    In shapes, ``D`` are the entries of an action, ``T*A`` those of its noise, say, which come first.
+
+    :param action_dim: D
+    :param noise_dim: entries of the noise; None is all of them
     """
 
-    def __init__(self, action_dim: int) -> None:
+    def __init__(self, action_dim: int, noise_dim: int | None = None) -> None:
         super().__init__(action_dim)
+        self.noise_dim = action_dim if noise_dim is None else noise_dim
         self.prior_mix = 0.0
 
     def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> tuple[nn.Module, nn.Parameter]:
@@ -39,8 +44,8 @@ class PriorMixtureDistribution(DiagGaussianDistribution):
         self: SelfPriorMixture, mean_actions: th.Tensor, log_std: th.Tensor, prior_mix: float = 0.0
     ) -> SelfPriorMixture:
         """
-        :param mean_actions: mean of pi, (B, T*A)
-        :param log_std: log standard deviation of pi, (B, T*A)
+        :param mean_actions: mean of pi, (B, D)
+        :param log_std: log standard deviation of pi, (B, D)
         :param prior_mix: eps, the weight of the prior
         :raises ValueError: if they are NaN
         """
@@ -53,42 +58,49 @@ class PriorMixtureDistribution(DiagGaussianDistribution):
         return self
 
     def sample(self) -> th.Tensor:
-        """Draws each row from the prior with probability eps, else from pi. (B, T*A)"""
-        w = self.distribution.rsample()
+        """Draws the noise of each row from the prior with probability eps, else from pi; residuals from pi. (B, D)"""
+        actions = self.distribution.rsample()
         if self.prior_mix > 0.0:
+            w, residual = actions[:, : self.noise_dim], actions[:, self.noise_dim :]
             from_prior = th.rand(len(w), 1, device=w.device) < self.prior_mix
-            w = th.where(from_prior, th.randn_like(w), w)
-        return w
+            actions = th.cat([th.where(from_prior, th.randn_like(w), w), residual], dim=1)
+        return actions
 
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """
         Log-density of the mixture.
 
-        :param actions: w, (B, T*A)
+        :param actions: (B, D)
         :return: (B,)
         """
-        log_pi = self.policy_log_prob(actions)
         if self.prior_mix <= 0.0:
-            return log_pi
-        log_prior = -0.5 * (actions.pow(2) + math.log(2 * math.pi)).sum(dim=-1)
+            return self.policy_log_prob(actions)
+        each = self.distribution.log_prob(actions)
+        log_noise = self._mixed(actions[:, : self.noise_dim], sum_independent_dims(each[:, : self.noise_dim]))
+        if self.noise_dim == self.action_dim:
+            return log_noise
+        return log_noise + sum_independent_dims(each[:, self.noise_dim :])
+
+    def _mixed(self, w: th.Tensor, log_pi: th.Tensor) -> th.Tensor:
+        log_prior = -0.5 * (w.pow(2) + math.log(2 * math.pi)).sum(dim=-1)
         if self.prior_mix >= 1.0:
             return log_prior
         return th.logaddexp(math.log(self.prior_mix) + log_prior, math.log1p(-self.prior_mix) + log_pi)
 
     def policy_log_prob(self, actions: th.Tensor) -> th.Tensor:
         """
-        Log-density of pi alone.
+        Log-density of pi alone, of noise and residual together.
 
-        :param actions: w, (B, T*A)
+        :param actions: (B, D)
         :return: (B,)
         """
         return sum_independent_dims(self.distribution.log_prob(actions))
 
     def kl_to_prior(self) -> th.Tensor:
         """
-        KL(pi || N(0, I)) in closed form.
+        KL(pi || N(0, I)) of the noise in closed form.
 
         :return: (B,)
         """
-        mean, std = self.distribution.mean, self.distribution.stddev
+        mean, std = (x[:, : self.noise_dim] for x in (self.distribution.mean, self.distribution.stddev))
         return 0.5 * (mean.pow(2) + std.pow(2) - 1.0 - 2.0 * std.log()).sum(dim=-1)

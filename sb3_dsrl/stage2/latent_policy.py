@@ -1,7 +1,8 @@
-"""The latent policy pi(w | obs) over flow noise, as an SB3 actor-critic policy."""
+"""The latent policy pi(w | obs) over flow noise, and perhaps a residual, as an SB3 actor-critic policy."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import get_device
 from torch import nn
@@ -22,8 +24,11 @@ from sb3_dsrl.stage2.policy_file import from_config, read_policy_file, to_config
 from sb3_dsrl.steering.contract import PLAYING, Contract, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.utils.integrity import one_line
+from sb3_dsrl.utils.observations import map_frames
 
 LOG_STD_RANGE = (-5.0, 2.0)
+#: Std of the residual of a new policy, where 1 is the whole ``residual_scale``.
+RESIDUAL_STD = 0.1
 
 
 class LatentPolicy(ActorCriticPolicy):
@@ -36,16 +41,22 @@ class LatentPolicy(ActorCriticPolicy):
     :meth:`forward` and :meth:`evaluate_actions` both use the mixture's density. ``predict`` uses pi alone. eps decays by
     ``prior_mix_decay`` between an update and the rollout after it.
 
-    :param observation_space: the flow's features, (C,)
-    :param action_space: flow noise, (T, A), (H, A) or (1, A), see ``steer_mode``
+    Where the action space holds a residual r as well (``residual_scale`` of the env), it is part of the Gaussian, with mean 0
+    at first: played by its mean, a new policy is exactly the steered one. The prior is mixed into the noise only, and the
+    density is the joint one, ``(eps * N(w; 0, I) + (1 - eps) * pi(w)) * pi(r)``. (Noise and residual together are Residual
+    Flow Steering's, https://arxiv.org/abs/2602.01789.)
+
+    :param observation_space: the flow's features, (C,), or what ``obs`` of the steered env makes of them
+    :param action_space: flow noise, (T, A), (H, A) or (1, A), see ``steer_mode``; the H rows of a residual may follow
     :param lr_schedule: learning rate of the policy; the value network's follows it in proportion
     :param net_arch: hidden layers, as in SB3; None is two of 256 for the policy and two for the value
     :param activation_fn: as in SB3
     :param prior_mix: initial eps
     :param prior_mix_decay: factor on eps per rollout
     :param value_lr: learning rate of the value network where the schedule is at its highest; None is the policy's
-    :param centre: noise that a new policy's mean starts from, such as a golden ticket; of the action space's shape. None is 0
-    :param log_std_init: log standard deviation of a new policy; 0 is the prior's
+    :param centre: noise that a new policy's mean starts from, such as a golden ticket; of the noise's shape. None is 0
+    :param log_std_init: log standard deviation of a new policy's noise; 0 is the prior's
+    :param residual_log_std_init: likewise of its residual, where 0 is the whole ``residual_scale``; None is log 0.1
     :param kwargs: further arguments of :class:`~stable_baselines3.common.policies.ActorCriticPolicy`
     :raises ValueError: if an argument is out of range or the action space is no Box
     """
@@ -69,6 +80,7 @@ class LatentPolicy(ActorCriticPolicy):
         value_lr: float | None = 1e-3,
         centre: np.ndarray | list[Any] | None = None,
         log_std_init: float = 0.0,
+        residual_log_std_init: float | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(action_space, spaces.Box):
@@ -81,8 +93,14 @@ class LatentPolicy(ActorCriticPolicy):
         for name, value in (("prior_mix", prior_mix), ("prior_mix_decay", prior_mix_decay)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], found {value}")
-        if not np.isfinite(log_std_init):
-            raise ValueError(f"log_std_init must be finite, found {log_std_init}: a std is positive")
+        if residual_log_std_init is not None and not (isinstance(action_space, NoiseSpace) and action_space.residual_rows):
+            raise ValueError(
+                f"residual_log_std_init={residual_log_std_init} was given, but the env has no residual: make it with "
+                f"residual_scale="
+            )
+        for name, log_std in (("log_std_init", log_std_init), ("residual_log_std_init", residual_log_std_init)):
+            if log_std is not None and not np.isfinite(log_std):
+                raise ValueError(f"{name} must be finite, found {log_std}: a std is positive")
         if net_arch is None:
             net_arch = dict(pi=[256, 256], vf=[256, 256])
         if value_lr is not None and value_lr <= 0:
@@ -90,9 +108,12 @@ class LatentPolicy(ActorCriticPolicy):
         if kwargs.get("use_sde"):
             raise ValueError("LatentPolicy has its own state-dependent std: use_sde must be False, found True")
         self.initial_prior_mix, self.prior_mix_decay, self.value_lr = prior_mix, prior_mix_decay, value_lr
-        self._centre_init = np.zeros(action_space.shape) if centre is None else np.asarray(centre, dtype=np.float64)
-        if self._centre_init.shape != action_space.shape:
-            raise ValueError(f"centre must have the noise's shape {action_space.shape}, found {self._centre_init.shape}")
+        self._residual_log_std_init = residual_log_std_init
+        noise_shape = action_space.noise_shape if isinstance(action_space, NoiseSpace) else action_space.shape
+        self._noise_dim = math.prod(noise_shape)
+        self._centre_init = np.zeros(noise_shape) if centre is None else np.asarray(centre, dtype=np.float64)
+        if self._centre_init.shape != noise_shape:
+            raise ValueError(f"centre must have the noise's shape {noise_shape}, found {self._centre_init.shape}")
         optimizer_class = kwargs.pop("optimizer_class", AdamLrScale)
         optimizer_class = SCALED.get(optimizer_class, optimizer_class)
         if value_lr is not None and not issubclass(optimizer_class, LrScale):
@@ -100,18 +121,24 @@ class LatentPolicy(ActorCriticPolicy):
                 f"{optimizer_class.__name__} knows no lr_scale: set value_lr=None or use one of sb3_dsrl.stage2.optimizers"
             )
         kwargs["optimizer_class"] = optimizer_class
+        if isinstance(observation_space, spaces.Dict):
+            kwargs.setdefault("features_extractor_class", CombinedExtractor)
         kwargs["optimizer_kwargs"] = {"eps": 1e-5, **(kwargs.get("optimizer_kwargs") or {})}
         super().__init__(
             observation_space, action_space, lr_schedule, net_arch, activation_fn, log_std_init=log_std_init, **kwargs
         )
 
     def _build(self, lr_schedule: Schedule) -> None:
-        self.action_dist = PriorMixtureDistribution(int(np.prod(self.action_space.shape)))  # type: ignore[arg-type]
+        space: Any = self.action_space
+        self.action_dist = PriorMixtureDistribution(math.prod(space.shape), self._noise_dim)
         super()._build(lr_schedule)
+        own = self._residual_log_std_init
+        nn.init.constant_(self.log_std[self._noise_dim :], math.log(RESIDUAL_STD) if own is None else own)
         # Step 0 is the base policy: the output layer gives 0, whatever the observation.
         nn.init.zeros_(self.action_net.weight)
         nn.init.zeros_(self.action_net.bias)
-        self.register_buffer("centre", th.as_tensor(self._centre_init.reshape(-1), dtype=th.float32))
+        centre = space.join(self._centre_init) if isinstance(space, NoiseSpace) else self._centre_init
+        self.register_buffer("centre", th.as_tensor(centre.reshape(-1), dtype=th.float32))
         # Buffers, so that they are saved with the model. float64: 0.3 * 0.995**n should not drift.
         self.register_buffer("prior_mix", th.tensor(self.initial_prior_mix, dtype=th.float64))
         self.register_buffer("_decay_due", th.tensor(0.0))  # 1 between an update and the next rollout
@@ -137,6 +164,7 @@ class LatentPolicy(ActorCriticPolicy):
             prior_mix_decay=self.prior_mix_decay,
             value_lr=self.value_lr,
             centre=self._centre_init,
+            residual_log_std_init=self._residual_log_std_init,
         )
         return data
 
@@ -230,30 +258,40 @@ class LatentPolicy(ActorCriticPolicy):
 
     def sample(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        Noise from pi alone.
+        Actions from pi alone.
 
         :param obs: features, (B, C)
         :param deterministic: return pi's mean
-        :return: w, (B, T, A)
+        :return: w, (B, T, A), and the H rows of the residual, if there is one
         """
         return self.pi(obs).get_actions(deterministic).reshape(-1, *self.action_space.shape)  # type: ignore[misc]
 
     def log_prob(self, obs: PyTorchObs, w: th.Tensor) -> th.Tensor:
         """
-        Log-density of pi alone.
+        Log-density of pi alone: of noise, or of noise and residual.
 
         :param obs: features, (B, C)
-        :param w: noise, (B, T, A), or M noises for each observation, (B, M, T, A)
+        :param w: noise, (B, T, A), or M noises for each observation, (B, M, T, A); or whole actions, with the rows of the
+            residual
         :return: (B,) or (B, M)
+        :raises ValueError: if it is neither
         """
+        many = w.dim() == 4
+        w = w.flatten(2 if many else 1)
+        if w.shape[-1] not in (self._noise_dim, self.action_dist.action_dim):
+            raise ValueError(
+                f"w must hold the {self._noise_dim} entries of a noise or the {self.action_dist.action_dim} of an action, "
+                f"found {w.shape[-1]}"
+            )
         normal = self.pi(obs).distribution
-        if w.dim() == 4:  # the networks see each observation once
-            return Normal(normal.mean[:, None], normal.stddev[:, None]).log_prob(w.flatten(2)).sum(dim=-1)
-        return normal.log_prob(w.flatten(1)).sum(dim=-1)
+        mean, std = (x[:, : w.shape[-1]] for x in (normal.mean, normal.stddev))  # the noise comes first
+        if many:  # the networks see each observation once
+            mean, std = mean[:, None], std[:, None]
+        return Normal(mean, std).log_prob(w).sum(dim=-1)
 
     def kl_to_prior(self, obs: PyTorchObs) -> th.Tensor:
         """
-        KL(pi || N(0, I)).
+        KL(pi || N(0, I)) of the noise; a residual has no prior.
 
         :param obs: features, (B, C)
         :return: (B,)
@@ -275,7 +313,7 @@ class LatentPolicy(ActorCriticPolicy):
             check_agreement("policy", self.contract, "model's env", target.contract, (*PLAYING, "gamma"))
         for name, expected, found in (
             ("noise shape", target.action_space.shape, self.action_space.shape),
-            ("number of features", target.observation_space.shape, self.observation_space.shape),
+            ("shape of an observation", _shapes(target.observation_space), _shapes(self.observation_space)),
             ("net_arch", target.net_arch, self.net_arch),
             ("activation_fn", target.activation_fn, self.activation_fn),
         ):
@@ -285,3 +323,7 @@ class LatentPolicy(ActorCriticPolicy):
         for name in ("prior_mix", "_decay_due"):
             weights[name] = target.state_dict()[name]
         target.load_state_dict(weights)
+
+
+def _shapes(space: spaces.Space) -> Any:
+    return map_frames(lambda part: part.shape, space.spaces if isinstance(space, spaces.Dict) else space)

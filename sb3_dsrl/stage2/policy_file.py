@@ -16,7 +16,7 @@ import torch as th
 from gymnasium import spaces
 from safetensors import safe_open
 from safetensors.torch import save
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from torch import nn
 
 from sb3_dsrl.stage2.optimizers import SCALED
@@ -36,7 +36,7 @@ CLASSES: dict[str, dict[str, type]] = {
         for cls in [*vars(th.optim).values(), *SCALED.values()]
         if isinstance(cls, type) and issubclass(cls, th.optim.Optimizer)
     },
-    "features_extractor_class": {"FlattenExtractor": FlattenExtractor},
+    "features_extractor_class": {cls.__name__: cls for cls in (FlattenExtractor, CombinedExtractor)},
 }
 
 
@@ -50,7 +50,7 @@ def to_config(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     config = {}
     for name, value in arguments.items():
-        if isinstance(value, spaces.Box):
+        if isinstance(value, (spaces.Box, spaces.Dict)):
             value = _space_to_config(value)
         elif isinstance(value, np.ndarray):
             value = value.tolist()
@@ -87,15 +87,21 @@ def from_config(config: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _space_to_config(space: spaces.Box) -> dict[str, Any]:
+def _space_to_config(space: spaces.Space) -> dict[str, Any]:
+    if isinstance(space, spaces.Dict):
+        return dict(parts={key: _space_to_config(part) for key, part in space.items()})
+    if not isinstance(space, spaces.Box):
+        raise ValueError(f"{space} cannot be saved: expected a Box, or a Dict of Boxes")
     if isinstance(space, NoiseSpace):
-        return dict(shape=list(space.shape), contract=space.contract.as_dict())
+        return dict(shape=list(space.noise_shape), contract=space.contract.as_dict())
     # an infinite bound is None: JSON knows no infinity
     low, high = ([x if np.isfinite(x) else None for x in bound.ravel().tolist()] for bound in (space.low, space.high))
     return dict(shape=list(space.shape), dtype=str(space.dtype), low=low, high=high)
 
 
-def _space_from_config(config: dict[str, Any]) -> spaces.Box:
+def _space_from_config(config: dict[str, Any]) -> spaces.Space:
+    if "parts" in config:
+        return spaces.Dict({key: _space_from_config(part) for key, part in config["parts"].items()})
     shape = tuple(config["shape"])
     if "contract" in config:
         return NoiseSpace(shape, Contract(**config["contract"]))

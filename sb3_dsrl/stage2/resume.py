@@ -147,7 +147,9 @@ class ResumeCallback(BaseCallback):
         self.env_steps = self._saved_at = self._resumed["env_steps"]
         normalize = self.model.get_vec_normalize_env()
         if normalize is not None and self._resumed["vec_normalize"] is not None:
-            normalize.obs_rms, normalize.ret_rms = self._resumed["vec_normalize"]
+            obs_rms, normalize.ret_rms = self._resumed["vec_normalize"]
+            if obs_rms is not None:
+                normalize.obs_rms = obs_rms
         for records, saved in zip(self._pending_records(), self._resumed["records"], strict=True):
             records.update(saved)
         self._hide_later_records(done)
@@ -206,7 +208,8 @@ class ResumeCallback(BaseCallback):
             num_timesteps=self.model.num_timesteps,
             env_steps=self.env_steps,
             rng=generators,
-            vec_normalize=None if normalize is None else (normalize.obs_rms, normalize.ret_rms),
+            # without norm_obs there are no statistics of observations
+            vec_normalize=None if normalize is None else (getattr(normalize, "obs_rms", None), normalize.ret_rms),
             records=[dict(records) for records in self._pending_records()],
             callbacks=[
                 {name: getattr(callback, name) for name in EVAL_CALLBACK if hasattr(callback, name)}

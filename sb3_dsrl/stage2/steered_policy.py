@@ -21,11 +21,11 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.policies.flow import FlowPolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.steering.noise_space import NoiseSpace
-from sb3_dsrl.steering.steering import Steering, check_flow, to_numpy
+from sb3_dsrl.steering.steering import Steering, to_numpy
 from sb3_dsrl.steering.vec_env import find_steering
 from sb3_dsrl.utils.integrity import one_line
 from sb3_dsrl.utils.observations import map_frames, stack_frames
@@ -46,14 +46,14 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         while not done:
             action = policy.select_action(obs)    # in [-1, 1]; a new chunk every H calls
 
-    :param flow: the policy that is steered; it is frozen
+    :param flow: the policy that is steered, or its folder; it is frozen
     :param latent: made for this flow
     :raises TypeError: if they are something else
     :raises ValueError: if the latent policy was made for another flow, or for an env that is not steered
     """
 
-    def __init__(self, flow: SteerablePolicy, latent: LatentPolicy) -> None:
-        check_flow(flow)
+    def __init__(self, flow: FlowLike, latent: LatentPolicy) -> None:
+        flow = resolve_flow(flow)
         if not isinstance(latent, LatentPolicy):
             raise TypeError(f"latent must be a LatentPolicy, found {type(latent).__name__}")
         if not isinstance(latent.action_space, NoiseSpace):
@@ -90,7 +90,7 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         if env.observation_space != steering.observation_space:
             raise ValueError(
                 f"The model's policy sees {env.observation_space}, but the flow's features are {steering.observation_space}: "
-                f"train without wrappers that change observations"
+                f"train with obs='features', without wrappers that change observations"
             )
         return cls(steering.flow, policy.copy(action_space=steering.action_space))
 
@@ -151,8 +151,8 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         Sampled chunks for a batch, without memory of frames; for algorithms of your own.
 
         :param obs: stacked observations, (B, obs_horizon, D), or a dict of such
-        :return: chunks (B, H, A), w (B, T, A) as it was drawn (decoding clips it to the noise's bounds), and its log-density
-            under the latent policy alone, (B,)
+        :return: chunks (B, H, A), w (B, T, A) as it was drawn (decoding clips it to the bounds), with the rows of the residual
+            if there is one, and its log-density under the latent policy alone, (B,)
         """
         return self._act(obs, deterministic=False)
 
@@ -162,8 +162,8 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         pi = self.latent.pi(features.to(self.latent.device))
         flat = pi.get_actions(deterministic)
         w = flat.reshape(-1, *self._steering.action_space.shape)
-        bound = self.contract.noise_bound  # SB3 clips what is played, not what it learns from
-        return self._steering.chunk(features, w.clamp(-bound, bound)), w, pi.log_prob(flat)
+        # SB3 clips what is played, not what it learns from
+        return self._steering.chunk(features, self._steering.action_space.clip(w)), w, pi.log_prob(flat)
 
     def _frame(self, obs: Any) -> Any:
         def array(x: Any) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,9 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
-from sb3_dsrl.steering.batched_infos import last_counted, reported_success, split_info
+from sb3_dsrl.steering.batched_infos import last_counted, split_info
+from sb3_dsrl.steering.batched_metrics import BatchedMetrics
+from sb3_dsrl.steering.batched_state import can_restore_batch, get_batch_state, set_batch_state
 from sb3_dsrl.steering.chunks import (
     ActionScaler,
     check_chunking,
@@ -24,6 +25,7 @@ from sb3_dsrl.steering.chunks import (
     stacked_space,
 )
 from sb3_dsrl.steering.contract import ignores_terminations
+from sb3_dsrl.steering.sim_state import cannot_restore
 from sb3_dsrl.steering.vector_adapter import VectorAdapter, batched_interface
 from sb3_dsrl.utils.observations import map_frames
 
@@ -103,7 +105,9 @@ class BatchedChunkEnv(VecEnv):
         self._rng = np.random.default_rng()
         self._frames: Any = None
         self._chunks = th.zeros(self.num_envs, *self.action_space.shape, device=self.device)  # type: ignore[misc]
-        self._metrics = _BatchedMetrics(self.num_envs, self.device)
+        self._metrics = BatchedMetrics(self.num_envs, self.device)
+        self._holding = False
+        self._over = th.zeros(self.num_envs, dtype=th.bool, device=self.device)
 
     def reset(self) -> Any:
         """
@@ -123,6 +127,7 @@ class BatchedChunkEnv(VecEnv):
         self._reset_options()
         self._frames = map_frames(self._filled, obs)
         self._metrics.start(th.arange(self.num_envs, device=self.device))
+        self._over = th.zeros_like(self._over)
         return self._frames
 
     def step_async(self, actions: th.Tensor | np.ndarray) -> None:  # type: ignore[override]
@@ -142,7 +147,7 @@ class BatchedChunkEnv(VecEnv):
         """
         metrics = self._metrics
         actions = self._scale(self._chunks)
-        alive = th.ones(self.num_envs, dtype=th.bool, device=self.device)
+        alive = ~self._over if self._holding else th.ones_like(self._over)
         terminated, truncated, k = th.zeros_like(alive), th.zeros_like(alive), th.zeros_like(alive, dtype=th.float32)
         macro_reward = th.zeros_like(k)
         report: dict[str, Any] = {}
@@ -177,6 +182,8 @@ class BatchedChunkEnv(VecEnv):
             envs = np.flatnonzero(~np.isfinite(rewards)).tolist()
             raise ValueError(f"{self.env_id or 'The simulator'}: rewards of envs {envs} are NaN or infinite")
         dones = (ends + limits) > 0
+        if self._holding:
+            self._over = self._over | th.as_tensor(dones, device=self.device)
         knows_success = self._metrics.knows_success
         infos = split_info(report, self.num_envs)
         for i, info in enumerate(infos):
@@ -187,6 +194,10 @@ class BatchedChunkEnv(VecEnv):
                 verdict = (bool(once[i]), bool(success[i])) if knows_success else (None, None)
                 sums = float(returns[i]), int(steps[i]), float(seen[i]), int(macro_steps[i])
                 info |= episode_summary(*sums, self._metrics.started[i], *verdict)
+        if self._holding:
+            for info, over in zip(infos, self._over.tolist(), strict=True):
+                info |= {"episode_over": over, "TimeLimit.truncated": False}
+            return self._frames, rewards.copy(), np.zeros_like(dones), infos
         finished = np.flatnonzero(dones)
         if len(finished):
             self._restart(finished, infos)
@@ -215,7 +226,45 @@ class BatchedChunkEnv(VecEnv):
     def _pushed(self, frames: th.Tensor, frame: th.Tensor, alive: th.Tensor) -> th.Tensor:
         # concatenation copies: the tensors of a simulator may alias its memory
         pushed = th.cat([frames[:, 1:], _as_frame(frame)[:, None]], dim=1)
-        return pushed if self.ignore_terminations else _where(alive, pushed, frames)
+        return pushed if self.ignore_terminations and not self._holding else _where(alive, pushed, frames)
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether the simulator can go back to a state, see :mod:`sb3_dsrl.steering.batched_state`."""
+        return can_restore_batch(self.env)
+
+    def get_sim_state(self) -> dict[str, Any]:
+        """
+        :return: everything that the rest of the episodes depends on, and their metrics so far, of all envs
+        :raises ValueError: if the simulator cannot go back to a state
+        """
+        if not self.can_restore:
+            raise ValueError(cannot_restore(self.env_id or str(self.env)))
+        frames = map_frames(th.clone, self._frames)
+        return dict(env=get_batch_state(self.env), frames=frames, metrics=self._metrics.state(), over=self._over.clone())
+
+    def set_sim_state(self, state: dict[str, Any], indices: VecEnvIndices = None) -> None:
+        """
+        Goes back to a state of these episodes, as exactly as the simulator can. Which episodes follow does not change.
+
+        :param state: of :meth:`get_sim_state`
+        :param indices: of the envs that go back; None are all
+        """
+        index = th.as_tensor(sorted(self._get_indices(indices)), device=self.device)
+        set_batch_state(self.env, state["env"], index)
+        mask = th.zeros(self.num_envs, dtype=th.bool, device=self.device)
+        mask[index] = True
+        self._frames = map_frames(lambda old, new: _where(mask, old, new), state["frames"], self._frames)
+        self._metrics.set_state(state["metrics"], index)
+        self._over = th.where(mask, state["over"], self._over)
+
+    def hold_ends(self, hold: bool) -> None:
+        """
+        See :meth:`ActionChunkWrapper.hold_ends <sb3_dsrl.ActionChunkWrapper.hold_ends>`.
+
+        :param hold: off in a new env
+        """
+        self._holding = hold
 
     def close(self) -> None:
         """Closes the simulator."""
@@ -259,47 +308,6 @@ class BatchedChunkEnv(VecEnv):
     def _all_or_none(self, what: str, indices: VecEnvIndices) -> None:
         if len(set(self._get_indices(indices))) != self.num_envs:
             raise ValueError(f"{what} was asked for envs {indices}, but the envs of a batched simulator are one object")
-
-
-class _BatchedMetrics:
-    """
-    Return, length and success of the episode of each env, up to the time limit, and what the algorithm saw of it; all tensors
-    are (N,).
-    """
-
-    def __init__(self, num_envs: int, device: th.device) -> None:
-        self._return, self._length, self._macro_return, self._macro_steps = (
-            th.zeros(num_envs, device=device) for _ in range(4)
-        )
-        self._once, self._success, self._closed = (th.zeros(num_envs, dtype=th.bool, device=device) for _ in range(3))
-        self.knows_success = False
-        self.started = np.full(num_envs, time.time())
-
-    def start(self, index: th.Tensor) -> None:
-        for tensor in vars(self).values():
-            if isinstance(tensor, th.Tensor):
-                tensor[index] = 0
-        self.started[index.cpu().numpy()] = time.time()
-
-    def update(self, reward: th.Tensor, info: dict[str, Any], alive: th.Tensor) -> None:
-        counts = alive & ~self._closed
-        self._return += reward * counts
-        self._length += counts
-        success, reports = reported_success(info, counts)
-        if success is not None:
-            self.knows_success = True
-            self._success = th.where(reports, success, self._success)
-            self._once = self._once | (success & reports)
-
-    def end_macro_step(self, macro_reward: th.Tensor) -> None:
-        self._macro_return += macro_reward
-        self._macro_steps += 1
-
-    def close(self, which: th.Tensor) -> None:
-        self._closed = self._closed | which
-
-    def rows(self) -> tuple[th.Tensor, ...]:
-        return self._return, self._length, self._macro_return, self._macro_steps, self._once, self._success
 
 
 def _as_frame(frame: th.Tensor) -> th.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator
+from copy import copy
 from typing import Any
 
 import gymnasium as gym
@@ -27,6 +28,7 @@ from sb3_dsrl.steering.chunks import (
     stacked_space,
 )
 from sb3_dsrl.steering.contract import ignores_terminations
+from sb3_dsrl.steering.sim_state import can_restore, get_sim_state, set_sim_state
 from sb3_dsrl.utils.observations import map_frames, stack_frames
 
 
@@ -73,7 +75,7 @@ class ActionChunkWrapper(gym.Wrapper):
     ) -> None:
         if isinstance(env, (VecEnv, gym.vector.VectorEnv)):
             raise ValueError(
-                f"This wrapper is for one env, found {type(env).__name__} with {env.num_envs}; for many ManiSkill envs use "
+                f"This wrapper is for one env, found {type(env).__name__} with {env.num_envs}; for many envs use "
                 f"make_latent_env, for an SB3 VecEnv of chunk envs VecLatentSteering"
             )
         _check_layers(env)
@@ -94,6 +96,7 @@ class ActionChunkWrapper(gym.Wrapper):
         self.control_mode: str | None = getattr(env.unwrapped, "control_mode", None)
         self._frames: deque[Any] = deque(maxlen=obs_horizon)
         self._episode, self._steps = _EpisodeMetrics(), 0
+        self._holding, self._over = False, False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """
@@ -105,7 +108,7 @@ class ActionChunkWrapper(gym.Wrapper):
         """
         self._set_observing(True)  # a step that raised may have left it off
         obs, info = self.env.reset(seed=seed, options=options)
-        self._steps = 0
+        self._steps, self._over = 0, False
         self._frames.extend([self._frame(obs)] * self.obs_horizon)
         self._episode = _EpisodeMetrics()
         return stack_frames(self._frames), info
@@ -116,13 +119,48 @@ class ActionChunkWrapper(gym.Wrapper):
         :return: observation (obs_horizon, D), or a dict of such; macro reward, terminated, truncated, info
         """
         steps = self.chunk_steps(chunk)
-        action, observing = next(steps)
-        while True:
-            self._set_observing(observing)
-            try:
+        try:
+            action, observing = next(steps)
+            while True:
+                self._set_observing(observing)
                 action, observing = steps.send(self.env.step(action))
-            except StopIteration as end:
-                return end.value
+        except StopIteration as end:
+            return end.value
+
+    @property
+    def can_restore(self) -> bool:
+        """Whether the env below can go back to a state, see :mod:`sb3_dsrl.steering.sim_state`."""
+        return can_restore(self.env)
+
+    def get_sim_state(self) -> dict[str, Any]:
+        """
+        :return: everything that the rest of the episode depends on, and its metrics so far; it can be pickled
+        :raises ValueError: if the env cannot go back to a state
+        """
+        episode = copy(self._episode)
+        return dict(
+            env=get_sim_state(self.env), frames=list(self._frames), episode=episode, steps=self._steps, over=self._over
+        )
+
+    def set_sim_state(self, state: dict[str, Any]) -> None:
+        """
+        Goes back to a state of this episode, as exactly as the simulator can. Which episodes follow does not change.
+
+        :param state: of :meth:`get_sim_state` of this env
+        """
+        set_sim_state(self.env, state["env"])
+        self._frames.extend(state["frames"])
+        self._episode, self._steps, self._over = copy(state["episode"]), state["steps"], state["over"]
+
+    def hold_ends(self, hold: bool) -> None:
+        """
+        Whether to hold an episode at its end, for somebody who looks ahead and goes back afterwards: no ``terminated`` or
+        ``truncated`` is returned, so that no ``VecEnv`` resets the env, and a chunk after the end has no env step:
+        ``chunk_length`` 0, reward 0, the last observation again. ``info["episode_over"]`` says that the end was reached.
+
+        :param hold: off in a new env
+        """
+        self._holding = hold
 
     def chunk_steps(self, chunk: np.ndarray) -> Generator[tuple[np.ndarray, bool], tuple[Any, ...], tuple[Any, ...]]:
         """
@@ -134,6 +172,8 @@ class ActionChunkWrapper(gym.Wrapper):
         """
         if np.shape(chunk) != self.action_space.shape:
             raise ValueError(f"A chunk must have shape (H, A) = {self.action_space.shape}, found {np.shape(chunk)}")
+        if self._holding and self._over:
+            return stack_frames(self._frames), 0.0, False, False, self._held(dict(chunk_length=0) | self._episode.verdict())
         actions = self._scale(np.asarray(chunk))
         macro_reward, terminated, truncated, k = 0.0, False, False, 0
         info: dict[str, Any] = {}
@@ -158,12 +198,16 @@ class ActionChunkWrapper(gym.Wrapper):
                     break
         macro_reward *= self.reward_scale
         self._episode.end_macro_step(macro_reward)
-        info = dict(info, chunk_length=k)
-        if self._episode.success is not None:
-            info["is_success"] = self._episode.success
-        if terminated or truncated:
+        info = dict(info, chunk_length=k) | self._episode.verdict()
+        self._over = terminated or truncated
+        if self._over:
             info.update(self._episode.summary())
+        if self._holding:
+            terminated, truncated, info = False, False, self._held(info)
         return stack_frames(self._frames), macro_reward, terminated, truncated, info
+
+    def _held(self, info: dict[str, Any]) -> dict[str, Any]:
+        return info | {"episode_over": self._over}
 
     def _frame(self, obs: Any) -> Any:
         # copied: the arrays of a CPU simulator alias its memory
@@ -217,6 +261,9 @@ class _EpisodeMetrics:
 
     def close(self) -> None:
         self._closed = True
+
+    def verdict(self) -> dict[str, Any]:
+        return {} if self.success is None else {"is_success": self.success}
 
     def summary(self) -> dict[str, Any]:
         once = self._once if self.success is not None else None

@@ -52,6 +52,16 @@ def chunk_space(space: spaces.Space, act_horizon: int) -> spaces.Box:
     return spaces.Box(-1.0, 1.0, (act_horizon, *space.shape), np.float32)
 
 
+def clip_actions(actions: Any) -> Any:
+    """
+    The one clip between policy and env.
+
+    :param actions: array or tensor of any shape
+    :return: in [-1, 1], where flows act
+    """
+    return actions.clip(-1.0, 1.0)
+
+
 class ActionScaler:
     """
     From [-1, 1], where the flow acts, to the env's own bounds; for NumPy arrays and tensors.
@@ -68,7 +78,7 @@ class ActionScaler:
         """
         :param actions: (..., A), clipped to [-1, 1] first
         """
-        actions = actions.clip(-1.0, 1.0)
+        actions = clip_actions(actions)
         return actions if self._unit else self._low + (actions + 1.0) * self._span
 
 

@@ -14,8 +14,8 @@ from sb3_dsrl.policies.base import SteerablePolicy
 
 SteerMode = Literal["full", "act_horizon", "shared"]
 
-#: What decides which chunk a noise becomes.
-PLAYING = ("flow_hash", "act_horizon", "steer_mode", "noise_bound")
+#: What decides which chunk an action of RL becomes.
+PLAYING = ("flow_hash", "act_horizon", "steer_mode", "noise_bound", "residual_scale")
 
 #: What decides which value a chunk has.
 REWARDS = ("gamma", "reward_scale", "reward_mode", "ignore_terminations")
@@ -53,6 +53,8 @@ class Contract:
     :param reward_scale: factor on the macro reward
     :param reward_mode: ManiSkill reward mode; None if it is unknown
     :param ignore_terminations: as in ManiSkill: go on after success or failure, until the time limit; None if there is no env
+    :param residual_scale: what RL adds to the decoded chunk, at most, in the units of its actions, [-1, 1]; 0 is nothing: RL
+        decides the noise alone. See :class:`~sb3_dsrl.NoiseSpace`.
     :raises ValueError: if one of them is out of range
     """
 
@@ -65,6 +67,7 @@ class Contract:
     reward_scale: float = 1.0
     reward_mode: str | None = None
     ignore_terminations: bool | None = None
+    residual_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.act_horizon < 1:
@@ -77,6 +80,8 @@ class Contract:
             raise ValueError(f"steer_mode must be 'full', 'act_horizon' or 'shared', found {self.steer_mode!r}")
         if not 0 < self.noise_bound < math.inf:
             raise ValueError(f"noise_bound must be positive and finite, found {self.noise_bound}")
+        if not 0 <= self.residual_scale < math.inf:
+            raise ValueError(f"residual_scale must be 0 or positive, and finite, found {self.residual_scale}")
 
     @classmethod
     def of(cls, flow: SteerablePolicy, **settings: Any) -> Contract:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 
@@ -64,11 +64,24 @@ class LockstepVecEnv(DummyVecEnv):
         finally:
             self.envs = envs
 
+    def set_sim_states(self, states: Sequence[Any], indices: VecEnvIndices = None) -> None:
+        """
+        :param states: of :meth:`ActionChunkWrapper.get_sim_state <sb3_dsrl.ActionChunkWrapper.get_sim_state>`, one of each
+        :param indices: of the envs; None are all
+        """
+        for i, state in zip(self._get_indices(indices), states, strict=True):
+            self.env_method("set_sim_state", state, indices=[i])
+
     def _chunks(self, together: Together) -> dict[int, Any]:
         envs: list[Any] = self.envs
         chunks = {i: env.chunk_steps(self.actions[i]) for i, env in enumerate(envs)}
-        wanted = {i: next(chunk) for i, chunk in chunks.items()}
+        wanted: dict[int, tuple[np.ndarray, bool]] = {}
         results: dict[int, Any] = {}
+        for i, chunk in chunks.items():
+            try:
+                wanted[i] = next(chunk)
+            except StopIteration as end:  # an episode that is held at its end
+                results[i] = end.value
         together.begin()
         try:
             while wanted:

@@ -1,4 +1,4 @@
-"""What both forms of the wrapper share: the way from noise to chunk and from observation to features."""
+"""What both forms of the wrapper share: the way from noise and residual to chunk, and from observation to features."""
 
 from __future__ import annotations
 
@@ -10,37 +10,26 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import CloudpickleWrapper
 
 from sb3_dsrl.policies.base import SteerablePolicy
+from sb3_dsrl.policies.loading import FlowLike, resolve_flow
+from sb3_dsrl.steering.chunks import clip_actions
 from sb3_dsrl.steering.contract import Contract
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.utils.observations import map_frames
 
 
-def check_flow(flow: Any) -> None:
-    """
-    :param flow: what was passed as the flow
-    :raises TypeError: if this is not a flow, but the name of one, say
-    """
-    if not isinstance(flow, SteerablePolicy):
-        raise TypeError(
-            f"flow must be a FlowPolicy or another SteerablePolicy, found {type(flow).__name__}; "
-            f"load one with FlowPolicy.from_pretrained(folder)"
-        )
-
-
 class Steering:
     """
-    A frozen flow together with how its noise is presented to RL.
+    A frozen flow together with how its noise, and perhaps a residual, are presented to RL.
 
-    :param flow: the policy that is steered; it is frozen
+    :param flow: the policy that is steered, or its folder; it is frozen
     :param contract: which noise is steered, how it is decoded and what it is rewarded for; None is ``Contract.of(flow)``
     :param seed: of the generator that draws the unsteered tail of the noise
     :raises TypeError: if this is not a policy
     :raises ValueError: if the contract is of another flow
     """
 
-    def __init__(self, flow: SteerablePolicy, contract: Contract | None = None, seed: int | None = None) -> None:
-        check_flow(flow)
-        self.flow = flow.freeze()
+    def __init__(self, flow: FlowLike, contract: Contract | None = None, seed: int | None = None) -> None:
+        flow = self.flow = resolve_flow(flow).freeze()
         self.contract = contract or Contract.of(flow)
         if self.contract.flow_hash != flow.fingerprint():
             raise ValueError(f"The contract is of flow {self.contract.flow_hash}, but this is flow {flow.fingerprint()}")
@@ -60,6 +49,18 @@ class Steering:
         :param seed: of the generator that draws the unsteered tail of the noise
         """
         self._generator = th.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+    def tail_state(self) -> np.ndarray:
+        """
+        :return: the state of the generator that draws the unsteered tail of the noise
+        """
+        return self._generator.get_state().numpy().copy()
+
+    def set_tail_state(self, state: np.ndarray) -> None:
+        """
+        :param state: of :meth:`tail_state`: the same tails follow again
+        """
+        self._generator.set_state(th.from_numpy(state.copy()))
 
     # SubprocVecEnv's workers send this by plain pickle, which cannot name classes of ``__main__`` in another process.
     def __getstate__(self) -> CloudpickleWrapper:
@@ -96,15 +97,18 @@ class Steering:
     def chunk(self, features: np.ndarray | th.Tensor, w: np.ndarray | th.Tensor) -> th.Tensor:
         """
         :param features: (N, C)
-        :param w: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``
-        :return: the part of the decoded chunks that is executed, (N, H, A)
-        :raises ValueError: if the noise has another shape, or noise or chunks are NaN or infinite
+        :param w: noise, (N, T, A), (N, H, A) or (N, 1, A), see ``steer_mode``; with a residual the H rows of that follow, see
+            :class:`~sb3_dsrl.NoiseSpace`
+        :return: the part of the decoded chunks that is executed, (N, H, A); with a residual
+            ``clip(decode(noise) + residual_scale * residual)``
+        :raises ValueError: if the noise has another shape, or noise, residual or chunks are NaN or infinite
         """
         expected = (len(features), *self.action_space.shape)
         if tuple(w.shape) != expected:
-            raise ValueError(f"Noise must have shape (N, ...) = {expected}, found {tuple(w.shape)}")
+            raise ValueError(f"{self._what} must have shape (N, ...) = {expected}, found {tuple(w.shape)}")
         cond = th.as_tensor(features, device=self.flow.device)
-        noise = self.full_noise(th.as_tensor(w, dtype=th.float32, device=self.flow.device))
+        steered, residual = self.action_space.split(th.as_tensor(w, dtype=th.float32, device=self.flow.device))
+        noise = self.full_noise(steered.contiguous())  # as it is without a residual, to the last bit of a product
         decoded = th.as_tensor(self.flow.decode(cond, noise, self.contract.num_steps), device=self.flow.device)
         if decoded.shape != noise.shape:
             raise ValueError(
@@ -112,11 +116,16 @@ class Steering:
                 f"{tuple(decoded.shape)}"
             )
         chunk = self.flow.executed(decoded.float())
-        if not (noise.isfinite().all() & chunk.isfinite().all()):  # one question to a GPU
-            if not noise.isfinite().all():
-                raise ValueError("The noise to decode is NaN or infinite: the policy that chose it has diverged")
+        if not (noise.isfinite().all() & residual.isfinite().all() & chunk.isfinite().all()):  # one question to a GPU
+            for part, values in (("noise to decode", noise), ("residual", residual)):
+                if not values.isfinite().all():
+                    raise ValueError(f"The {part} is NaN or infinite: the policy that chose it has diverged")
             raise ValueError("The flow decodes finite noise to NaN or infinite values: its weights are damaged")
-        return chunk
+        return clip_actions(chunk + self.contract.residual_scale * residual) if self.contract.residual_scale else chunk
+
+    @property
+    def _what(self) -> str:
+        return "Noise and residual" if self.contract.residual_scale else "Noise"
 
     def full_noise(self, w: th.Tensor) -> th.Tensor:
         """
@@ -200,6 +209,6 @@ def check_env_fits(
             raise ValueError(f"The env does not fit the flow: its {what} = {found}, but the flow's are {expected}")
 
 
-def to_numpy(x: th.Tensor) -> np.ndarray:
-    """A NumPy copy of a tensor on any device."""
-    return x.cpu().numpy().copy()  # copied: what is handed out may be written to
+def to_numpy(x: th.Tensor | np.ndarray) -> np.ndarray:
+    """A NumPy copy of a tensor on any device, or of an array."""
+    return (x.cpu().numpy() if isinstance(x, th.Tensor) else x).copy()  # copied: what is handed out may be written to

@@ -9,12 +9,11 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import PPO, SAC
 
-from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, ppo_kwargs, train_flow
-from sb3_dsrl.envs.maniskill import make_latent_env
+from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, make_latent_env, ppo_kwargs, search_noise, train_flow
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from sb3_dsrl.envs.workers import WorkerSettings
 from tests.demo_files import scripted_episode, write_demos
-from tests.envs import numbered, scripted, tiny_flow, vec_steered
+from tests.envs import RestorableEnv, numbered, scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
 
 Play = Callable[[Path], Any]
@@ -43,6 +42,10 @@ def trained(**kwargs: Any) -> Play:
 def pushcube(env_id: str = "PushCube-v1", **kwargs: Any) -> Play:
     sizes = dict(pred_horizon=4, act_horizon=4, env_id=None, control_mode="pd_joint_delta_pos")
     return lambda folder: make_latent_env(env_id, tiny_flow(35, 8, **sizes), **kwargs).close()
+
+
+def searching(**kwargs: Any) -> Play:
+    return lambda folder: search_noise(vec_steered(tiny_flow(), [RestorableEnv()]), tiny_flow(), 1, **kwargs)
 
 
 class Unbounded(gym.Wrapper):
@@ -76,6 +79,10 @@ CASES = [
         Case(f"noise_bound {bound}", steered(noise_bound=bound), rf"noise_bound must be positive and finite, found {bound}")
         for bound in (0, -1.0, float("nan"))
     ),
+    *(
+        Case(f"residual_scale {scale}", steered(residual_scale=scale), rf"residual_scale must be 0 or .*, found {scale}")
+        for scale in (-0.1, float("nan"), float("inf"))
+    ),
     Case("SAC on unbounded noise", sac_on_unbounded_noise, "noise_bound must be positive and finite, found inf"),
     Case(
         "env with an unbounded action space",
@@ -94,6 +101,23 @@ CASES = [
     Case("prior_mix_decay 2", policy(prior_mix_decay=2.0), r"prior_mix_decay must lie in \[0, 1\], found 2.0"),
     Case("value_lr 0", policy(value_lr=0.0), "value_lr must be positive, found 0.0"),
     Case("std 0", policy(log_std_init=float("-inf")), "log_std_init must be finite, found -inf: a std is positive"),
+    Case(
+        "search in an env that cannot go back",
+        lambda folder: search_noise(vec_steered(tiny_flow(), [scripted()]), tiny_flow(), 1),
+        r"cannot go back to a state: it needs the methods get_sim_state\(\) and set_sim_state\(state\)",
+    ),
+    Case(
+        "search in an env with a residual",
+        lambda folder: search_noise(steered(residual_scale=0.1)(folder), tiny_flow(), 1),
+        "tries noise alone, but the env has residual_scale=0.1: make one without",
+    ),
+    Case("search with one noise", searching(n_candidates=1), "n_candidates must be at least 2, found 1"),
+    Case("search without a horizon", searching(horizon=0), "horizon must be at least 1 macro-step, found 0"),
+    Case(
+        "std of a residual that is not there",
+        policy(residual_log_std_init=-1.0),
+        "residual_log_std_init=-1.0 was given, but the env has no residual: make it with residual_scale=",
+    ),
     Case("unknown steer_mode", steered(steer_mode="half"), "must be 'full', 'act_horizon' or 'shared', found 'half'"),
     Case("num_steps 0", steered(num_steps=0), "num_steps must be at least 1, found 0"),
     Case(
@@ -107,10 +131,43 @@ CASES = [
     ),
     Case("timeout 0", lambda folder: numbered(1, 1, timeout=0.0), "timeout is in seconds and must be positive, found 0.0"),
     Case("unknown env id", pushcube("PushCub-v1"), "'PushCub-v1' is not a ManiSkill environment; did you mean PushCube-v1"),
+    Case("id of no module", pushcube("none:Pendulum-v1"), "'none:Pendulum-v1' cannot be made: No module named 'none'"),
     Case(
-        "id of another library",
-        pushcube("Pendulum-v1"),
-        "'Pendulum-v1' is not a ManiSkill .*, but gymnasium's; .*make_vec",
+        "argument of ManiSkill for another env",
+        pushcube("Pendulum-v1", sim_backend="gpu"),
+        r"'Pendulum-v1' is not ManiSkill's, and does not know sim_backend; .*env_kwargs=dict\(...\)",
+    ),
+    Case(
+        "argument of gymnasium's envs for ManiSkill",
+        pushcube(env_kwargs={}, success_key="done"),
+        "'PushCube-v1' is ManiSkill's, and does not know env_kwargs, success_key; .*arguments of gym.make directly",
+    ),
+    Case(
+        "argument that the env does not know",
+        pushcube("Pendulum-v1", env_kwargs=dict(gravity=3.0)),
+        "Pendulum-v1 cannot be made as asked for: .*unexpected keyword argument 'gravity'",
+    ),
+    Case(
+        "wrapper_kwargs without wrapper_class",
+        pushcube("Pendulum-v1", wrapper_kwargs=dict(a=1)),
+        r"wrapper_kwargs holds \['a'\], but there is no wrapper_class",
+    ),
+    Case(
+        "two time limits",
+        lambda folder: make_latent_env(lambda: gym.make("Pendulum-v1"), tiny_flow(3, 1), max_episode_steps=7),
+        "max_episode_steps=7 was given, but the env that the callable returns has a TimeLimit already",
+    ),
+    Case(
+        "flow of another kind",
+        lambda folder: make_latent_env("Pendulum-v1", 42),
+        "flow must be a FlowPolicy or .*found int",
+        TypeError,
+    ),
+    Case(
+        "folder without a flow",
+        lambda folder: LatentSteeringWrapper(scripted(), folder),
+        r"holds no config.json: expected a folder written by FlowPolicy.save_pretrained",
+        FileNotFoundError,
     ),
     Case(
         "workers on a GPU",

@@ -96,7 +96,9 @@ def main(args: Args) -> None:
         names = ("noise_bound", "steer_mode", "num_steps", "act_horizon", "residual_scale")
         settings = {name: getattr(steered.contract, name) for name in names}
     env = LatentSteeringWrapper(below, flow, ignore_terminations=True, **settings)
-    actors: dict[str, Actor] = {"prior": "prior", "zero": "zero"} | ({} if steered is None else {"policy": steered})
+    actors: dict[str, Actor] = {"prior": "prior", "zero": "zero"}
+    if steered is not None:
+        actors["policy"] = steered
     table = {name: reached(actor, env, args.episodes, name) for name, actor in actors.items()}
     env.close()
     print(pd.DataFrame(table).T.to_markdown(floatfmt=".2f"))

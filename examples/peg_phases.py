@@ -88,7 +88,7 @@ def main(args: Args) -> None:
     if (args.awsc_checkpoint is None) == (args.policy is None):
         raise ValueError("Pass --awsc_checkpoint or --policy, one of the two")
     steered = None if args.policy is None else SteeredPolicy.from_pretrained(args.policy)
-    flow = resolve_flow(args.awsc_checkpoint) if steered is None else steered.flow
+    flow = steered.flow if steered is not None else resolve_flow(str(args.awsc_checkpoint))
     kwargs = maniskill_kwargs(ENV_ID, flow.obs_mode, control_mode=flow.control_mode, reward_mode="sparse")
     below = Phases(CPUGymWrapper(gym.make(ENV_ID, **kwargs)))
     settings: dict[str, Any] = {}

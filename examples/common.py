@@ -20,6 +20,7 @@ from sb3_dsrl import (
     EvalResult,
     FlowPolicy,
     SteerablePolicy,
+    SteeredPolicy,
     TrainingCheckpoint,
     VecLatentSteering,
     evaluate,
@@ -360,6 +361,15 @@ def load_model(path: Path, env: VecLatentSteering, device: str) -> PPO:
         return PPO.load(path, env=env, device=device)
     except (KeyError, AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} holds no model of PPO ({error})") from error
+
+
+def steering_of(policy: SteeredPolicy) -> dict[str, Any]:
+    """
+    :param policy: a steered policy
+    :return: arguments of the env that it plays in, beside the flow
+    """
+    names = ("gamma", "noise_bound", "steer_mode", "num_steps", "reward_scale", "residual_scale")
+    return {name: getattr(policy.contract, name) for name in names}
 
 
 def layout_of(demos: Demos) -> StateLayout | None:

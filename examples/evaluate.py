@@ -8,7 +8,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import EvalArgs, Run, SteeringArgs, check_flow, cli, load_flow, load_model, make_env, refuse
+from common import EvalArgs, Run, SteeringArgs, check_flow, cli, load_flow, load_model, make_env, refuse, steering_of
 
 from sb3_dsrl import LatentPolicy, SteeredPolicy
 from sb3_dsrl.evaluation.play import Actor
@@ -36,10 +36,9 @@ def main(args: Args) -> None:
         given = {name: getattr(args, name) for name in ("awsc_checkpoint", *steering)}
         refuse(given, f"and --policy exclude each other: {args.policy} holds a flow and says how it is steered")
         actors["policy"] = policy = SteeredPolicy.from_pretrained(args.policy, device=args.device)
-        flow, own = policy.flow, policy.contract
+        flow = policy.flow
         check_flow(args, flow, args.policy)
-        settings = ("gamma", "noise_bound", "steer_mode", "num_steps", "reward_scale", "residual_scale")
-        env = make_env(args, flow, args.num_eval_envs, **{name: getattr(own, name) for name in settings})
+        env = make_env(args, flow, args.num_eval_envs, **steering_of(policy))
     elif args.awsc_checkpoint is not None:
         flow = load_flow(args, args.awsc_checkpoint)
         env = make_env(args, flow, args.num_eval_envs)

@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium as gym
 import pandas as pd
-from common import EVAL_SEED, cli
+from common import EVAL_SEED, cli, steering_of
 from mani_skill.utils.wrappers import CPUGymWrapper
 
 from sb3_dsrl import LatentSteeringWrapper, SteeredPolicy
@@ -91,10 +91,7 @@ def main(args: Args) -> None:
     flow = steered.flow if steered is not None else resolve_flow(str(args.awsc_checkpoint))
     kwargs = maniskill_kwargs(ENV_ID, flow.obs_mode, control_mode=flow.control_mode, reward_mode="sparse")
     below = Phases(CPUGymWrapper(gym.make(ENV_ID, **kwargs)))
-    settings: dict[str, Any] = {}
-    if steered is not None:
-        names = ("noise_bound", "steer_mode", "num_steps", "act_horizon", "residual_scale")
-        settings = {name: getattr(steered.contract, name) for name in names}
+    settings = {} if steered is None else steering_of(steered)
     env = LatentSteeringWrapper(below, flow, ignore_terminations=True, **settings)
     actors: dict[str, Actor] = {"prior": "prior", "zero": "zero"}
     if steered is not None:

@@ -1,28 +1,13 @@
 """PickCube-v1 from images: the goal is part of the state, the cube is seen by a camera only."""
 
-from functools import partial
-
+from recipes.images import DEMOS, ENV, FLOW
 from recipes.recipe import Recipe
-from sb3_dsrl import ImageTraining, VelocityMLP
-from sb3_dsrl.policies.encoders import SpatialSoftmaxConv
-
-SIZE = 84  # pixels
 
 RECIPE = Recipe(
     env_id="PickCube-v1",
     variant="rgb",
-    demos=dict(num_demos=200, obs_mode="rgb", camera_size=SIZE),
-    flow=dict(
-        net_class=VelocityMLP,
-        backbone=partial(SpatialSoftmaxConv, out_dim=128, sharpness=5.0),
-        images=ImageTraining(random_shift_pad=1, repeats=4),
-        obs_horizon=1,
-        pred_horizon=8,
-        act_horizon=4,
-        num_steps=4,
-        n_iterations=2_500,
-        batch_size=512,
-    ),
-    env=dict(sensor_configs=dict(width=SIZE, height=SIZE)),
-    total_timesteps=150000,
+    demos=dict(DEMOS, num_demos=200),
+    flow=dict(FLOW, n_iterations=2_500),
+    env=ENV,
+    total_timesteps=150_000,
 )

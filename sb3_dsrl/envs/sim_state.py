@@ -7,7 +7,6 @@ something goes on slightly differently after a restore; the figures are in docs/
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -19,8 +18,11 @@ from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs import Pose
 from sapien.physx import PhysxArticulation, PhysxArticulationLinkComponent, PhysxRigidDynamicComponent
 
+from sb3_dsrl.steering import batched_state
+from sb3_dsrl.steering.batched_state import controllers_of
+
 #: Attributes of an env that are no part of a state: observations that nobody reads again, and which episodes come next.
-NOT_KEPT = {"_last_obs", "_init_raw_obs", "_init_raw_state", "_main_seed", "_reconfig_counter"}
+NOT_KEPT = batched_state.NOT_KEPT | {"_main_seed", "_reconfig_counter"}
 
 
 class _Tensor(NamedTuple):
@@ -54,7 +56,7 @@ def get_sim_state(base: BaseEnv) -> bytes:
         poses=np.array([_numbers(entity.pose) for entity in _free_entities(scene)]),
         bodies=[(body.linear_velocity, body.angular_velocity, body.is_sleeping) for body in _moving_bodies(scene)],
         articulations=[_articulation_state(articulation) for articulation in _articulations(base)],
-        controllers=[_attributes(controller) for controller in _controllers(base)],
+        controllers=[_attributes(controller) for controller in controllers_of(base)],
         task=_attributes(base),
         rng=[rng.get_state() for rng in _generators(base)],
     )
@@ -83,7 +85,7 @@ def set_sim_state(base: BaseEnv, state: bytes) -> None:
         body.set_angular_velocity(angular)
         if sleeping:
             body.put_to_sleep()
-    for controller, attributes in zip(_controllers(base), kept["controllers"], strict=True):
+    for controller, attributes in zip(controllers_of(base), kept["controllers"], strict=True):
         _set_attributes(controller, attributes)
     _set_attributes(base, kept["task"])
     for rng, own in zip(_generators(base), kept["rng"], strict=True):
@@ -142,20 +144,6 @@ def _set_articulation_state(articulation: PhysxArticulation, state: dict[str, An
     for joint, (target, velocity) in zip(articulation.active_joints, state["targets"], strict=True):
         joint.set_drive_target(target)
         joint.set_drive_velocity_target(velocity)
-
-
-def _controllers(base: Any) -> Iterator[Any]:
-    agent = base.agent
-    agents = [] if agent is None else getattr(agent, "agents", [agent])
-    for one in agents:
-        yield from _with_parts(one.controller)
-
-
-def _with_parts(controller: Any) -> Iterator[Any]:
-    yield controller
-    parts = getattr(controller, "controllers", {})
-    for part in parts.values() if isinstance(parts, dict) else parts:
-        yield from _with_parts(part)
 
 
 def _generators(base: Any) -> list[np.random.RandomState]:

@@ -6,6 +6,8 @@ Letters in shapes: ``B`` batch, ``n`` frames, ``D`` dimensions of the state part
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -149,7 +151,8 @@ class ImageEncoder(ObsEncoder):
     :param state_dim: D, 0 if there is no ``state``
     :param image_shapes: (height, width, channels) of ``rgb`` and ``depth``
     :param backbone: from images (n, channels, height, width), scaled to about [0, 1], to (n, ``backbone.out_dim``); the
-        channels of rgb come before those of depth. None is :class:`SpatialSoftmaxConv`.
+        channels of rgb come before those of depth. Or what makes one from the number of channels, such as
+        ``functools.partial(SpatialSoftmaxConv, first_stride=2)``. None is a sharp :class:`SpatialSoftmaxConv`.
     :param obs_horizon: frames, oldest first
     :param normalize: False leaves the state part as it is
     :raises ValueError: if an image has another key or shape
@@ -159,7 +162,7 @@ class ImageEncoder(ObsEncoder):
         self,
         state_dim: int,
         image_shapes: dict[str, tuple[int, int, int]],
-        backbone: nn.Module | None = None,
+        backbone: nn.Module | Callable[[int], nn.Module] | None = None,
         obs_horizon: int = 1,
         normalize: bool = True,
     ) -> None:
@@ -168,7 +171,9 @@ class ImageEncoder(ObsEncoder):
             raise ValueError(
                 f"image_shapes must hold (height, width, channels) of 'rgb', 'depth' or both, found {image_shapes}"
             )
-        backbone = backbone or SpatialSoftmaxConv(sum(shape[-1] for shape in shapes.values()), sharpness=5.0)
+        if not isinstance(backbone, nn.Module):
+            make = backbone or partial(SpatialSoftmaxConv, sharpness=5.0)
+            backbone = make(sum(shape[-1] for shape in shapes.values()))
         obs_shapes: dict[str, tuple[int, ...]] = {**({"state": (state_dim,)} if state_dim else {}), **shapes}
         super().__init__(
             obs_horizon,

@@ -172,8 +172,7 @@ class FlowPolicy(
         :param pred_horizon: T
         :param act_horizon: H
         :param image_shapes: (height, width, channels) of ``rgb`` and ``depth``; None is a flat (state) observation
-        :param backbone: of the images, see :class:`~sb3_dsrl.policies.encoders.ImageEncoder`, or what makes it from the number
-            of channels, such as ``functools.partial(SpatialSoftmaxConv, first_stride=2)``
+        :param backbone: of the images, or what makes it, see :class:`~sb3_dsrl.policies.encoders.ImageEncoder`
         :param net_class: ``VelocityUNet`` or ``VelocityMLP``
         :param net_kwargs: further arguments of the network
         :param critic_kwargs: further arguments of the critic
@@ -190,8 +189,6 @@ class FlowPolicy(
         features = SpatialFeatures(state_layout) if state_layout else None
         encoder: ObsEncoder = StateEncoder(obs_dim, obs_horizon, features=features)
         if image_shapes:
-            if backbone is not None and not isinstance(backbone, nn.Module):
-                backbone = backbone(sum(shape[-1] for shape in image_shapes.values()))
             encoder = ImageEncoder(obs_dim, image_shapes, backbone, obs_horizon)
         elif backbone is not None:
             raise ValueError("A backbone was given, but there are no images: pass image_shapes, or demos with images")

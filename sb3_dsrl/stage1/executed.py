@@ -42,8 +42,9 @@ class ExecutedNoise:
         advantages = executed_advantages(rollouts, settings.gae_lambda)
         if settings.normalize_advantages:
             advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
-        w = rollouts.w if rollouts.w.shape[1:] == steering.action_space.noise_shape else rollouts.w[:, steering.rows]
-        return cls(rollouts.cond, w, exp_weights(advantages / settings.beta, settings.max_weight))
+        return cls(
+            rollouts.cond, steering.steered_part(rollouts.w), exp_weights(advantages / settings.beta, settings.max_weight)
+        )
 
     def sample(self, batch_size: int) -> Batch:
         index = th.randint(len(self.cond), (batch_size,))

@@ -125,13 +125,13 @@ def fit_searched(
     noise = SearchedNoise.of(search, steering, settings)
     with lent(policy, steering.flow.device):
         start = deepcopy(policy.state_dict())
+        best = None
         if settings.held_out:
             noise, unseen = noise.split(held_out_states(search.episode, settings.held_out))
             best = BestOnHeldOut(policy, unseen, settings.kl_coef)
-            fit_policy(policy, noise, settings, records, best)
+        fit_policy(policy, noise, settings, records, best)
+        if best is not None:
             policy.load_state_dict(best.best)
-        else:
-            fit_policy(policy, noise, settings, records)
         if gate is not None:
             gate.decide(policy.eval(), start)
         if settings.warm_start_value:

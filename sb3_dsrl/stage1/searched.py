@@ -57,8 +57,8 @@ class SearchedNoise:
         :param steering: says which part of the noise is learned
         :param settings: of the weights
         """
-        w = search.w if search.w.shape[2:] == steering.action_space.shape else search.w[:, :, steering.rows]
-        return cls(search.cond, w, searched_weights(search.scores, settings.beta, settings.normalize_advantages))
+        weights = searched_weights(search.scores, settings.beta, settings.normalize_advantages)
+        return cls(search.cond, steering.steered_part(search.w), weights)
 
     def __len__(self) -> int:
         return len(self.cond)

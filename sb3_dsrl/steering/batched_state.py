@@ -74,16 +74,24 @@ def _each(fn: Callable[[th.Tensor], th.Tensor], state: Any) -> Any:
 def _parts(base: Any) -> Iterator[Any]:
     """The task and its controllers: what keeps tensors beside the simulator."""
     yield base
+    yield from controllers_of(base)
+
+
+def controllers_of(base: Any) -> Iterator[Any]:
+    """
+    :param base: an env of ManiSkill, or one with the same interface
+    :return: the controllers of its robots, each before its parts
+    """
     agent = getattr(base, "agent", None)
     for one in [] if agent is None else getattr(agent, "agents", [agent]):
-        yield from _controllers(one.controller)
+        yield from _with_parts(one.controller)
 
 
-def _controllers(controller: Any) -> Iterator[Any]:
+def _with_parts(controller: Any) -> Iterator[Any]:
     yield controller
     parts = getattr(controller, "controllers", {})
     for part in parts.values() if isinstance(parts, dict) else parts:
-        yield from _controllers(part)
+        yield from _with_parts(part)
 
 
 def _rows(part: Any, n: int) -> Iterator[tuple[str, th.Tensor]]:

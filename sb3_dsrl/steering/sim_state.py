@@ -14,7 +14,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 
@@ -76,9 +76,7 @@ def set_sim_states(venv: VecEnv, states: Sequence[Any], indices: VecEnvIndices =
     :param states: one of each of these envs
     :param indices: None are all envs
     """
-    base: Any = venv
-    while isinstance(base, VecEnvWrapper):
-        base = base.venv
+    base: Any = venv.unwrapped
     wanted = list(venv._get_indices(indices))
     if len(states) != len(wanted):
         raise ValueError(f"There must be one state for each of {len(wanted)} envs, found {len(states)}")

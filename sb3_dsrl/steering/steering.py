@@ -127,6 +127,13 @@ class Steering:
     def _what(self) -> str:
         return "Noise and residual" if self.contract.residual_scale else "Noise"
 
+    def steered_part(self, w: th.Tensor) -> th.Tensor:
+        """
+        :param w: noise, (..., T, A), or its steered part already
+        :return: the steered part, (..., T, A), (..., H, A) or (..., 1, A)
+        """
+        return w if w.shape[-2:] == self.action_space.noise_shape else w[..., self.rows, :]
+
     def full_noise(self, w: th.Tensor) -> th.Tensor:
         """
         Completes steered noise to all T entries, with the prior or by repetition.

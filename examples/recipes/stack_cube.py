@@ -8,5 +8,4 @@ RECIPE = Recipe(
     demos=dict(num_demos=1_000, styles=3),
     flow=dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=8, act_horizon=4, num_steps=4, n_iterations=8_000),
     total_timesteps=500_000,
-    ppo=dict(policy_kwargs=dict(log_std_init=-1.2)),  # a std of 0.3
 )

@@ -161,4 +161,5 @@ def main(args: Args) -> None:
         for control in ("prior", "zero"):
             run.evaluate(control, control, env)
         env.close()
+    flow.generate_model_card(results=run.rows).save(run.folder / "flow" / "README.md")
     run.finish(demos=len(demos.episodes))

@@ -236,7 +236,8 @@ def main(args: Args) -> None:
     if args.mode != "none":
         env_steps += learn(args, run, checkpoint, model, env, curve)
     model.policy.save(run.folder / "stage1.pt")
-    SteeredPolicy.of(model).save_pretrained(run.folder / "policy")
+    policy = SteeredPolicy.of(model)
+    policy.save_pretrained(run.folder / "policy")
     if args.num_eval_episodes:
         if not curve.points or curve.points[-1]["iteration"] < args.n_iterations:
             curve.measure(args.n_iterations, model.policy)
@@ -246,4 +247,5 @@ def main(args: Args) -> None:
     eval_env.close()
     if env is not eval_env:
         env.close()
+    policy.generate_model_card(results=run.rows, env_steps=env_steps).save(run.folder / "policy" / "README.md")
     run.finish(env_steps=env_steps, weighting=args.mode, curve=curve.points)

@@ -143,11 +143,13 @@ def main(args: Args) -> None:
     rate = round(curve.env_steps_per_second, 1)
     with atomic_file(checkpoints / "final.zip") as file:
         model.save(file)
-    SteeredPolicy.of(model).save_pretrained(run.folder / "policy")
+    policy = SteeredPolicy.of(model)
+    policy.save_pretrained(run.folder / "policy")
     if args.num_eval_episodes:
         run.evaluate("prior", "prior", eval_env)
         run.evaluate("stage2", model, eval_env)
         run.evaluate("stage2_stochastic", model, eval_env, deterministic=False)
+    policy.generate_model_card(results=run.rows, env_steps=curve.env_steps).save(run.folder / "policy" / "README.md")
     env.close()
     eval_env.close()
     points = [

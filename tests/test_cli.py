@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -78,6 +79,7 @@ def test_wheel(tmp_path: Path) -> None:
     call(python, "-m", "venv", "--without-pip", env_folder)
     (wheel,) = tmp_path.glob("sb3_dsrl-*.whl")
     call(python, "-m", "pip", "--python", env_folder, "install", "--quiet", "--no-deps", wheel)
+    assert {"sb3_dsrl/zoo/ppo.yml", "sb3_dsrl/zoo/sac.yml"} <= set(ZipFile(wheel).namelist())
     packages = sysconfig.get_path("purelib", vars=dict(base=str(env_folder)))
     Path(packages, "others.pth").write_text(sysconfig.get_path("purelib"))
     assert call(env_folder / "bin" / "python", "-c", "import sb3_dsrl; print(sb3_dsrl.__file__)").startswith(packages)

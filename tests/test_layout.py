@@ -179,7 +179,7 @@ def test_contributing_lists_the_files_of_each_room() -> None:
     "name",
     [
         *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "docs/faults.md", "docs/simulators.md"),
-        "docs/bring_your_own.md",
+        *("docs/bring_your_own.md", "docs/rl_zoo.md"),
         *("examples/results/README.md", "examples/results/compare/report.md"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experts.expert import CLOSED, OPEN, Expert, Goal, Style, level_axis, up
+from sb3_dsrl.experts.expert import CLOSED, OPEN, Expert, Goal, Style, level_axis, up
 
 NEAR = 0.012  # m from the centre of the cube: the fingers may close
 CARRY_HEIGHT = 0.05  # m: a cube that is carried sideways stays above this

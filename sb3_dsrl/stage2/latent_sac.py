@@ -240,9 +240,12 @@ class LatentSAC(SAC):
             assert self.policy.noise_critic is not None
             self._step(self.policy.noise_critic.optimizer, distilled)
             found["distill_loss"] = distilled.detach()
+        critic = self.policy.noise_critic or self.critic
+        critic.requires_grad_(False)  # the gradient of its weights would be computed for nothing
         values = th.cat(self.critic_kind.actor_values(self.policy, decoder, obs, actions), dim=1)
         loss = (found["ent_coef"] * log_prob - values.amin(dim=1)).mean()
         self._step(self.actor.optimizer, loss)
+        critic.requires_grad_(True)
         return found | dict(actor_loss=loss.detach())
 
     @staticmethod

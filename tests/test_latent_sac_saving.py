@@ -42,7 +42,7 @@ def transitions(flow: FlowPolicy) -> FeatureTransitions:
 # Save and load
 
 
-@pytest.mark.parametrize("critic", [*CRITICS, ActionCritic(num_steps=2)])
+@pytest.mark.parametrize("critic", [*CRITICS, ActionCritic(num_steps=1)])
 def test_save_and_load(critic: Any, tmp_path: Path, flow: FlowPolicy, transitions: FeatureTransitions) -> None:
     demos = None if critic == "noise" else transitions
     model = small(steered(flow), critic, ent_coef="auto", demos=demos).learn(24)

@@ -128,11 +128,12 @@ class ActionCritic(CriticKind):
     Q(s, chunk) on the chunks that were executed, by whomever; the actor's gradient goes through the frozen decode, as in
     latent policy steering (https://arxiv.org/abs/2603.05296).
 
-    :param num_steps: decoding steps of the gradient; None are those that are played. Targets are decoded as it is played.
+    :param num_steps: decoding steps of the gradient, 1 or 2 of a shortcut flow; None are those that are played. Targets are
+        decoded as it is played.
     :raises ValueError: if it is below 1
     """
 
-    num_steps: int | None = 1
+    num_steps: int | None = 2
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and self.num_steps < 1:

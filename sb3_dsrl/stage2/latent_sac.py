@@ -43,7 +43,7 @@ class LatentSAC(SAC):
     :param learning_rate: of all networks, as in SB3
     :param critic: "noise" is Q(s, w); "action" is Q(s, chunk), with the actor's gradient through the decode; "distilled" is
         Q(s, chunk) and a critic on noise that imitates it. Or an object with settings of its own, such as
-        :class:`ActionCritic(num_steps=2) <sb3_dsrl.ActionCritic>`
+        :class:`ActionCritic(num_steps=1) <sb3_dsrl.ActionCritic>`
     :param demos: fill half of each batch, with a critic on chunks: :class:`~sb3_dsrl.Demos`, or the ``transitions()`` of
         rollouts of any policy
     :param gamma: discount per macro-step; None is the env's ``macro_gamma``

@@ -78,7 +78,9 @@ class SteeredPolicy(HubModel, library_name="sb3_dsrl", tags=["robotics", "reinfo
         """
         policy, env = model.policy, model.get_env()
         if not isinstance(policy, LatentPolicy):
-            raise ValueError(f"SteeredPolicy.of expects a model with 'LatentPolicy', found {type(policy).__name__}")
+            raise ValueError(
+                f"SteeredPolicy.of expects a model with 'LatentPolicy', found {type(policy).__name__}: use PPO, A2C or TRPO"
+            )
         if env is None:
             raise ValueError("The model has no env, and its env holds the flow: pass env= to load, or call set_env")
         steering, normalize = find_steering(env), model.get_vec_normalize_env()

@@ -47,8 +47,8 @@ class Args(FlowArgs, TrainingArgs):
     """Epochs of an update."""
     batch_size: int | None = None
     """Macro-steps in a minibatch; about a quarter of the rollout if not given."""
-    lr: float = 3e-4
-    """Learning rate; it falls linearly to 0."""
+    lr: float | None = None
+    """Learning rate, which falls linearly to 0; one that fits the number of entries of the noise if not given."""
     value_lr: float = 1e-3
     """Learning rate of the value network; it falls in proportion."""
     ppo_clip: float = 0.2
@@ -76,9 +76,10 @@ def settings(args: Args, env: VecLatentSteering) -> dict[str, Any]:
         policy_kwargs["prior_mix"] = args.prior_mix_ratio
     if args.std is not None:
         policy_kwargs["log_std_init"] = float(np.log(args.std))
+    schedule = {} if args.lr is None else dict(learning_rate=LinearSchedule(args.lr, 0.0, 1.0))
     return ppo_kwargs(
         env,
-        learning_rate=LinearSchedule(args.lr, 0.0, 1.0),
+        **schedule,
         n_steps=args.rollout_steps,
         batch_size=args.batch_size,
         n_epochs=args.ppo_epochs,

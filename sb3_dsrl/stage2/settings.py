@@ -20,9 +20,9 @@ ROLLOUT_SIZE = 512
 MIN_STEPS = 16
 N_MINIBATCHES = 4
 MAX_BATCH_SIZE = 4096
-#: Learning rate at the start: SB3's own, or so much over the number of entries of an action if that is less. The KL divergence of
-#: an update is a sum over entries. At 3e-4 and 64 entries it was 650 where PPO assumes well below 1, and 0.8 of the ratios were
-#: clipped.
+#: Learning rate at the start: SB3's own, or so much over the number of entries of an action, if that is less. An update's KL
+#: divergence is a sum over entries: with 64 of them, at 3e-4, it was 650 where PPO assumes well below 1, and 0.8 of all
+#: ratios were clipped.
 MAX_LR, LR_TIMES_ENTRIES = 3e-4, 3.2e-3
 
 

@@ -16,7 +16,7 @@ import yaml
 from stable_baselines3 import PPO, SAC
 
 from sb3_dsrl import FlowPolicy, LatentPolicy, make_latent_env, ppo_kwargs
-from tests.envs import tiny_flow
+from tests.envs import ScriptedEnv, tiny_flow
 
 ROOT = Path(__file__).parent.parent
 ZOO = ROOT / "sb3_dsrl" / "zoo"
@@ -41,13 +41,15 @@ def settings(algo: str) -> dict[str, Any]:
 
 def test_ppo_yml_is_the_methods_settings() -> None:
     found = settings("ppo")
-    wanted = ppo_kwargs(make_latent_env("Pendulum-v1", pendulum_flow()))
+    flow = tiny_flow(3, 8, pred_horizon=16, act_horizon=8)
+    wanted = ppo_kwargs(make_latent_env(ScriptedEnv, flow, env_kwargs=dict(action_dim=8)))
     for name in ("gamma", "n_epochs", "clip_range", "ent_coef"):
         assert found[name] == pytest.approx(wanted[name]), name
     assert found["n_steps"] * found["n_envs"] == wanted["n_steps"]
     assert found["batch_size"] == wanted["batch_size"]
     schedule, start = found["learning_rate"].split("_")
-    assert schedule == "lin" and [wanted["learning_rate"](x) for x in (1, 0.5, 0)] == [float(start), float(start) / 2, 0]
+    assert schedule == "lin"
+    assert [wanted["learning_rate"](x) for x in (1, 0.5, 0)] == pytest.approx([float(start), float(start) / 2, 0])
     assert eval(found["policy_kwargs"]) == pytest.approx(wanted["policy_kwargs"])
 
 

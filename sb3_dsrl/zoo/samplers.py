@@ -31,7 +31,7 @@ def sample_ppo(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args
         n_steps_pow=trial.suggest_int("n_steps_pow", 4, 8),
         batch_size_pow=trial.suggest_int("batch_size_pow", 5, 7),  # at most what 8 envs make in 2**4 steps
         n_epochs=trial.suggest_categorical("n_epochs", [5, 10, 20]),
-        learning_rate=trial.suggest_float("learning_rate", 3e-5, 3e-3, log=True),
+        learning_rate=trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
         one_minus_gae_lambda=trial.suggest_float("one_minus_gae_lambda", 0.005, 0.2, log=True),
         ent_coef=trial.suggest_float("ent_coef", 1e-6, 1e-2, log=True),
         clip_range=trial.suggest_categorical("clip_range", [0.1, 0.2, 0.3]),

@@ -10,7 +10,7 @@ policies so far in checkpoints, and policy, which SteeredPolicy.from_pretrained 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from stable_baselines3 import PPO
@@ -19,6 +19,7 @@ from sb3_dsrl import (
     CandidateSettings,
     ExecutedSettings,
     Gate,
+    InvertedSettings,
     LatentPolicy,
     Rollouts,
     SteeredPolicy,
@@ -45,12 +46,12 @@ class Args(FlowArgs, TrainingArgs):
     """Stage 1."""
 
     demo_path: Path | None = None
-    """Demos, whose states candidates are for."""
+    """Demos, whose states candidates are for, or whose chunks are inverted."""
     num_demos: int | None = None
     """Use the first so many demos; all if not given."""
-    weighting: Literal["auto", "executed", "candidates", "none"] = "auto"
-    """Weigh the noises that rollouts executed, or candidates scored by the critic; "none" keeps the start (a ticket, say);
-    "auto" is "candidates" with --demo_path and "executed" without."""
+    weighting: Literal["auto", "executed", "inverted", "candidates", "none"] = "auto"
+    """Weigh the noises that rollouts executed, those that demos need (and of rollouts), or candidates scored by the critic;
+    "none" keeps the start (a ticket, say); "auto" is "candidates" with --demo_path and "executed" without."""
     rollout_episodes: int | None = None
     """Episodes of the frozen flow to learn from; if not given, none with --demo_path and 256 without."""
     num_envs: int | None = None
@@ -106,15 +107,21 @@ class Args(FlowArgs, TrainingArgs):
     @property
     def n_iterations(self) -> int:
         """Optimiser steps."""
-        defaults = dict(executed=ExecutedSettings.n_iterations, candidates=CandidateSettings.n_iterations, none=0)
+        defaults = dict(
+            executed=ExecutedSettings.n_iterations,
+            inverted=InvertedSettings.n_iterations,
+            candidates=CandidateSettings.n_iterations,
+            none=0,
+        )
         return defaults[self.mode] if self.total_iters is None else self.total_iters
 
     def check(self) -> None:
         """Refuses flags that would do nothing."""
-        of_candidates = ("demo_path", "num_candidates", "pool_size", "ucb_kappa", "tau")
+        of_candidates = ("num_candidates", "pool_size", "ucb_kappa", "tau")
         of_learning = ("rollout_episodes", "total_iters", "advantage_temperature", "kl_coef")
         for names, useless, why in (
             (of_candidates, self.mode != "candidates", f"does nothing with --weighting {self.mode}: it is for candidates"),
+            (("demo_path",), self.mode in ("executed", "none"), f"does nothing with --weighting {self.mode}"),
             (of_learning, self.mode == "none", "does nothing with --weighting none, which learns nothing"),
             (("num_demos",), self.demo_path is None, "does nothing without --demo_path"),
             (("ticket_noises",), not self.ticket, "does nothing without --ticket"),
@@ -132,7 +139,7 @@ class Args(FlowArgs, TrainingArgs):
             beta=self.advantage_temperature,
             kl_coef=self.kl_coef,
         )
-        if self.mode == "executed":
+        if self.mode != "candidates":
             return common
         pool_size = max(POOL_SIZE, self.num_candidates or 0) if self.pool_size is None else self.pool_size or None
         return common | dict(n_candidates=self.num_candidates, pool_size=pool_size, kappa=self.ucb_kappa, tau=self.tau)
@@ -198,7 +205,7 @@ def learn(args: Args, run: Run, checkpoint: TrainingCheckpoint, model: PPO, env:
         model,
         None if args.demo_path is None else load_demos(args.demo_path, args.num_demos),
         rollouts,
-        weighting="executed" if args.mode == "executed" else "candidates",
+        weighting=cast(Weighting, args.mode),
         gate=gate,
         callback=measure if args.eval_freq and args.num_eval_episodes else None,
         callback_freq=args.eval_freq or 1,

@@ -3,6 +3,7 @@
 # No ``from __future__ import annotations`` here: the hub mixin reads the annotations of ``__init__`` to rebuild networks.
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch import nn
 
 from sb3_dsrl.policies.action_normalizer import ActionNormalizer
 from sb3_dsrl.policies.base import SteerablePolicy
-from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate
+from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate, walk_back
 from sb3_dsrl.policies.encoders import ImageEncoder, ObsEncoder, StateEncoder
+from sb3_dsrl.policies.inversion import Inversion, gauss_newton, root_mean_square
 from sb3_dsrl.policies.losses import shortcut_loss
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
 from sb3_dsrl.policies.spatial_features import SpatialFeatures, StateLayout
@@ -54,6 +56,9 @@ CODERS: dict[type, Any] = {
     for net in (VelocityNet, ObsEncoder, EnsembleChunkCritic, ActionNormalizer)
 }
 
+
+#: Chunks that are inverted at once, which bounds the memory of their Jacobians.
+INVERTED_AT_ONCE = 1_024
 
 #: Subclasses that come with the package, for folders that name them
 SUBCLASSES = {"DiffusionPolicy": "sb3_dsrl.policies.diffusion"}
@@ -213,11 +218,59 @@ class FlowPolicy(
         :return: chunks of the shape of w, clipped to [-1, 1]
         :raises ValueError: if ``num_steps`` is not positive
         """
+        return self._to_actions(self._generate(cond, w, self._steps(num_steps)))
+
+    def _steps(self, num_steps: int | None) -> int:
         n = self.num_steps if num_steps is None else num_steps
         if n < 1:
             raise ValueError(f"num_steps must be at least 1, found {n}")
-        x = self._integrate(self.net, cond, w if w.dim() == 4 else w[:, None], n)
-        return self._to_actions(x.reshape(w.shape))
+        return n
+
+    def _generate(self, cond: th.Tensor, w: th.Tensor, n: int) -> th.Tensor:
+        """What :meth:`decode` returns, in the network's units and not clipped."""
+        return self._integrate(self.net, cond, w if w.dim() == 4 else w[:, None], n).reshape(w.shape)
+
+    def _undo(self, cond: th.Tensor, x: th.Tensor, n: int) -> th.Tensor:
+        """About the noise of a chunk (B, T, A), which is in the network's units: where :meth:`invert` begins."""
+        return walk_back(self.net, cond, x, n)
+
+    @th.no_grad()
+    def invert(
+        self, cond: th.Tensor, chunk: th.Tensor, num_steps: int | None = None, n_iterations: int = 5, sigma: float = 0.01
+    ) -> Inversion:
+        """
+        The noise whose decode comes nearest to a chunk: the flow integrated backwards, then Gauss-Newton steps. Of all noises
+        that reach the chunk the likeliest under the prior is sought, as if the chunk were known up to a standard deviation of
+        ``sigma``: the sum of ``||decode(w) - chunk||^2`` and ``sigma^2 ||w||^2`` is minimised.
+
+        :param cond: (B, C)
+        :param chunk: actions in [-1, 1], (B, T, A), or the executed part alone, (B, H, A); if H is T that is the same
+        :param num_steps: of :meth:`decode`
+        :param n_iterations: Gauss-Newton steps; 0 integrates backwards alone
+        :param sigma: in the units of the noise, which with an action normaliser are standard deviations of the demos' actions;
+            0 seeks the nearest chunk, whatever noise that takes
+        :return: the noise, and how near it comes
+        :raises ValueError: if the chunks have another shape, are NaN or infinite, or an argument is out of range
+        """
+        n = self._steps(num_steps)
+        rows = th.arange(self.pred_horizon, device=chunk.device)
+        if chunk.shape[1:2] == (self.act_horizon,):
+            rows = self.executed(rows[:, None])[:, 0]
+        expected = (len(cond), len(rows), self.action_dim)
+        if tuple(chunk.shape) != expected or not chunk.isfinite().all():
+            raise ValueError(
+                f"Chunks to invert must be finite and have shape (B, T, A) = {expected}, or be their executed part, found "
+                f"{tuple(chunk.shape)}"
+            )
+        parts = []
+        for c, part in zip(cond.split(INVERTED_AT_ONCE), chunk.split(INVERTED_AT_ONCE), strict=True):
+            ways = partial(self._generate, c, n=n), partial(self._undo, c, n=n)
+            at_bound = part.sign() * (part.abs() >= 1.0)
+            wanted = self._from_actions(part)
+            parts.append(gauss_newton(*ways, wanted, at_bound, rows, self.pred_horizon, sigma, n_iterations))
+        noise = th.cat(parts)
+        found = self.decode(cond, noise, n)
+        return Inversion(noise, found, root_mean_square(found[:, rows] - chunk), root_mean_square(noise))
 
     def _to_actions(self, x: th.Tensor) -> th.Tensor:
         """From the network's units to actions, clipped; ``imitation_loss`` goes the other way."""

@@ -47,8 +47,11 @@ from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, Invert
 from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 from sb3_dsrl.stage2.gamma_check import install_gamma_check
+from sb3_dsrl.stage2.latent_critics import ActionCritic, DistilledCritic, NoiseCritic
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.stage2.latent_sac import LatentSAC
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
+from sb3_dsrl.stage2.sac_settings import sac_kwargs
 from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
 from sb3_dsrl.stage2.steered_policy import SteeredPolicy
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
@@ -70,11 +73,13 @@ install_gamma_check()
 
 __all__ = [
     "ActionChunkWrapper",
+    "ActionCritic",
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
     "DemoStarts",
     "Demos",
+    "DistilledCritic",
     "EnsembleChunkCritic",
     "EvalResult",
     "ExactBootstrap",
@@ -86,9 +91,11 @@ __all__ = [
     "Inversion",
     "InvertedSettings",
     "LatentPolicy",
+    "LatentSAC",
     "LatentSteeringWrapper",
     "SteerablePolicy",
     "SteeredPolicy",
+    "NoiseCritic",
     "NoiseSearch",
     "NoiseSpace",
     "ResumeCallback",
@@ -133,6 +140,7 @@ __all__ = [
     "state_layout",
     "steerability",
     "resume",
+    "sac_kwargs",
     "train_critic",
     "train_flow",
     "without_residual",

@@ -34,6 +34,7 @@ from sb3_dsrl import (
     pretrain_latent,
 )
 from sb3_dsrl.cli.common import FlowArgs, Run, TrainingArgs, load_flow, make_env, refuse
+from sb3_dsrl.stage1.pretrain import Weighting
 from sb3_dsrl.stage2.resume import RECONFIGURE
 from sb3_dsrl.utils.checkpoint import atomic_file
 

@@ -14,6 +14,7 @@ import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
 from sb3_dsrl.envs.factory import make_chunk_env, make_latent_env
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
+from sb3_dsrl.evaluation.choice import PolicyChoice, choose_policy
 from sb3_dsrl.evaluation.play import evaluate
 from sb3_dsrl.evaluation.residual import without_residual
 from sb3_dsrl.evaluation.results import EvalResult, results_table
@@ -85,6 +86,7 @@ __all__ = [
     "SteeredPolicy",
     "NoiseSearch",
     "NoiseSpace",
+    "PolicyChoice",
     "ResumeCallback",
     "Rollouts",
     "SearchResult",
@@ -101,6 +103,7 @@ __all__ = [
     "WorkerSettings",
     "__version__",
     "aw_mle_loss",
+    "choose_policy",
     "collect_rollouts",
     "create_flow",
     "demo_transitions",

@@ -10,7 +10,8 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from sb3_dsrl.evaluation.play import as_vec_env, play, require_success
+from sb3_dsrl.evaluation.outcomes import play_outcomes
+from sb3_dsrl.evaluation.play import as_vec_env
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.steering.vec_env import find_steering
 
@@ -105,17 +106,11 @@ class _Tally:
         self.env_steps = 0
 
     def play(self, j: int, w: np.ndarray, venv: VecEnv, episodes: int, seed: int) -> None:
-        """Plays noise j; its outcomes are in the order of the envs, so that a place stands for the same start in every one."""
-        of_envs: list[list[tuple[float, float]]] = [[] for _ in range(venv.num_envs)]
-        for step in play(w, venv, episodes, seed):
-            require_success(step.infos, "find_ticket")
-            self.env_steps += sum(info["chunk_length"] for info in step.infos)  # those of idle envs, too
-            for i in np.flatnonzero(step.counts & step.dones):
-                info = step.infos[i]
-                of_envs[i].append((float(info["success_at_end"]), float(info["episode_return"])))
-        success, returns = zip(*(outcome for outcomes in of_envs for outcome in outcomes), strict=True)
-        self.success[j] += success
-        self.returns[j] += returns
+        """Plays noise j; a place in its outcomes stands for the same start in those of every noise."""
+        played = play_outcomes(w, venv, episodes, seed, who="find_ticket")
+        self.env_steps += played.env_steps
+        self.success[j] += played.success_at_end.astype(float).tolist()
+        self.returns[j] += played.returns.tolist()
 
     def score(self, j: int) -> tuple[float, float]:
         """Mean success_at_end and mean return of noise j so far."""

@@ -23,6 +23,7 @@ from sb3_dsrl.evaluation.search import NoiseSearch, search_noise
 from sb3_dsrl.evaluation.search_result import SearchResult
 from sb3_dsrl.evaluation.steerability import steerability
 from sb3_dsrl.evaluation.steerability_report import SteerabilityReport
+from sb3_dsrl.evaluation.ticket_bandit import TicketBandit, find_ticket_bandit
 from sb3_dsrl.evaluation.tickets import Ticket, find_ticket
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
 from sb3_dsrl.policies.base import SteerablePolicy
@@ -45,11 +46,15 @@ from sb3_dsrl.stage1.pretrain import pretrain_latent
 from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, SearchedSettings
 from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
+from sb3_dsrl.stage2.correlation import CorrelatedRolloutBuffer
 from sb3_dsrl.stage2.gamma_check import install_gamma_check
+from sb3_dsrl.stage2.keep_best import KeepBest
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
 from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
+from sb3_dsrl.stage2.start import start_around
 from sb3_dsrl.stage2.steered_policy import SteeredPolicy
+from sb3_dsrl.stage2.value_warmup import ValueWarmup
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
 from sb3_dsrl.steering.noise_space import NoiseSpace
@@ -71,6 +76,7 @@ __all__ = [
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
+    "CorrelatedRolloutBuffer",
     "Demos",
     "EnsembleChunkCritic",
     "EvalResult",
@@ -80,6 +86,7 @@ __all__ = [
     "Gate",
     "ImageEncoder",
     "ImageTraining",
+    "KeepBest",
     "LatentPolicy",
     "LatentSteeringWrapper",
     "SteerablePolicy",
@@ -95,8 +102,10 @@ __all__ = [
     "SteerabilityReport",
     "SuccessEvalCallback",
     "Ticket",
+    "TicketBandit",
     "TrainingCheckpoint",
     "Validation",
+    "ValueWarmup",
     "VecLatentSteering",
     "VelocityMLP",
     "VelocityUNet",
@@ -109,6 +118,7 @@ __all__ = [
     "demo_transitions",
     "evaluate",
     "find_ticket",
+    "find_ticket_bandit",
     "fit_candidates",
     "fit_executed",
     "fit_searched",
@@ -126,6 +136,7 @@ __all__ = [
     "results_table",
     "search_noise",
     "state_layout",
+    "start_around",
     "steerability",
     "resume",
     "train_critic",

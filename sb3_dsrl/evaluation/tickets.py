@@ -72,7 +72,7 @@ def find_ticket(
     if not counts or min(counts) < 1 or counts != sorted(counts, reverse=True) or min(e for _, e in rounds) < 1:
         raise ValueError(f"rounds must be (noises, episodes) with no more noises from one to the next, found {rounds}")
     venv = as_vec_env(env)
-    noises = _draw(find_steering(venv).action_space, counts[0], include_zero, seed)
+    noises = draw_noises(find_steering(venv).action_space, counts[0], include_zero, seed)
     tally = _Tally(len(noises))
     order = np.arange(len(noises))
     first_round = np.zeros((0, 0))
@@ -89,7 +89,14 @@ def find_ticket(
     return Ticket(noises[best], *tally.score(best), len(tally.success[best]), tally.env_steps, first_round)
 
 
-def _draw(space: NoiseSpace, n: int, include_zero: bool, seed: int) -> np.ndarray:
+def draw_noises(space: NoiseSpace, n: int, include_zero: bool, seed: int) -> np.ndarray:
+    """
+    :param space: of the env
+    :param n: noises
+    :param include_zero: the first one is w = 0
+    :param seed: of the others, which come from the prior
+    :return: (n, T, A), (n, H, A) or (n, 1, A)
+    """
     noises = np.random.default_rng(seed).standard_normal((n, *space.noise_shape)).astype(np.float32)
     noises = noises.clip(-space.contract.noise_bound, space.contract.noise_bound)
     if include_zero:

@@ -11,6 +11,8 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
+from sb3_dsrl.auto.improve import improve
+from sb3_dsrl.auto.report import ImproveReport
 from sb3_dsrl.envs.factory import make_chunk_env, make_latent_env
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
@@ -86,6 +88,7 @@ __all__ = [
     "Gate",
     "ImageEncoder",
     "ImageTraining",
+    "ImproveReport",
     "KeepBest",
     "LatentPolicy",
     "LatentSteeringWrapper",
@@ -122,6 +125,7 @@ __all__ = [
     "fit_candidates",
     "fit_executed",
     "fit_searched",
+    "improve",
     "load_awsc_checkpoint",
     "load_demos",
     "load_lerobot",

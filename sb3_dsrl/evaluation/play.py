@@ -166,7 +166,8 @@ def evaluate(
     :param episodes: in all; split evenly over the envs
     :param name: of the result; None takes the control's name or "model"
     :param seed: of the envs
-    :param deterministic: w is the policy's mean; otherwise it is sampled from the policy
+    :param deterministic: w is the policy's mean, except for a :class:`~sb3_dsrl.SteeredPolicy` that is to be sampled;
+        otherwise it is sampled from the policy
     :param progress_bar: show a progress bar
     :param noise_seed: of the noise, for the same episodes under other noise; None is ``seed``
     :return: success with its interval, return and length, the last two in env steps
@@ -255,6 +256,7 @@ def actor_function(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -
         return lambda obs: fixed
     if isinstance(actor, HasLatent):
         require_raw_features(venv, "A steered policy")
+        deterministic = deterministic and getattr(actor, "deterministic", True)
         actor = actor.latent
     own = getattr(actor, "action_space", None)
     if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace):

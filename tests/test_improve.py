@@ -129,7 +129,6 @@ def test_the_function_is_not_hidden_by_a_module() -> None:
     assert callable(sb3_dsrl.improve)
 
 
-@pytest.mark.slow
 def test_script_with_maniskill(tmp_path: Path) -> None:
     """A flow that knows nothing: there is nothing to gain, and all parts must run."""
     env_id, folder = "PushCube-v1", tmp_path / "flow"

@@ -220,6 +220,20 @@ def refuse(given: Mapping[str, object], why: str) -> None:
             raise ValueError(f"--{name} {why}")
 
 
+def env_kwargs(args: RunArgs, flow: SteerablePolicy) -> tuple[str, dict[str, Any]]:
+    """
+    :param args: flags
+    :param flow: the policy that is steered
+    :return: the task, and arguments of ``make_latent_env``, as the flags say
+    :raises ValueError: if nobody says what the task is
+    """
+    env_id = args.env_id or flow.env_id
+    if env_id is None:
+        raise ValueError("The flow does not know its task: pass --env_id")
+    names = ("sim_backend", "reward_mode", "ignore_terminations", "max_episode_steps")
+    return env_id, {name: getattr(args, name) for name in names} | args.steering
+
+
 def make_env(args: RunArgs, flow: SteerablePolicy, n_envs: int, seed: int | None = None, **steering: Any) -> VecLatentSteering:
     """
     Steered envs as the flags say.
@@ -230,20 +244,8 @@ def make_env(args: RunArgs, flow: SteerablePolicy, n_envs: int, seed: int | None
     :param seed: of the envs
     :param steering: arguments of ``make_latent_env`` that do not come from flags
     """
-    env_id = args.env_id or flow.env_id
-    if env_id is None:
-        raise ValueError("The flow does not know its task: pass --env_id")
-    return make_latent_env(
-        env_id,
-        flow,
-        n_envs,
-        sim_backend=args.sim_backend,
-        reward_mode=args.reward_mode,
-        ignore_terminations=args.ignore_terminations,
-        max_episode_steps=args.max_episode_steps,
-        seed=seed,
-        **(args.steering | steering),
-    )
+    env_id, kwargs = env_kwargs(args, flow)
+    return make_latent_env(env_id, flow, n_envs, seed=seed, **(kwargs | steering))
 
 
 class Run:

@@ -2,13 +2,16 @@ SEED ?= 0
 MINUTES ?= 30
 PY := .venv/bin/python
 STAMP := .venv/.installed
+PY_LEROBOT := .venv-lerobot/bin/python
+STAMP_LEROBOT := .venv-lerobot/.installed
 
-.PHONY: help setup demo bench test identity faults soak check format clean
+.PHONY: help setup demo bench test test-lerobot identity faults soak check format clean
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
 	@echo "make bench           speed against plain versions of the same; figures in runs/bench"
 	@echo "make test            run the tests"
+	@echo "make test-lerobot    the same for LeRobot's policies, in an environment of their own, .venv-lerobot"
 	@echo "make identity        the fast simulator against ManiSkill's own, bit for bit, on every task that builds"
 	@echo "make faults          break everything that can break, and print what comes of it"
 	@echo "make soak [MINUTES=30] kill workers at random during stage 2"
@@ -29,6 +32,9 @@ bench: setup
 
 test: setup
 	$(PY) -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
+
+test-lerobot: $(STAMP_LEROBOT)
+	OMP_NUM_THREADS=1 $(PY_LEROBOT) -m pytest -q tests/lerobot
 
 identity: setup
 	$(PY) -m pytest -q -rs -n logical -m exhaustive tests/test_fast.py tests/test_stack.py
@@ -57,6 +63,13 @@ clean:
 ifneq ($(shell $(PY) -V >/dev/null 2>&1 && cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
-$(STAMP): pyproject.toml constraints.txt .ci/setup.sh
+$(STAMP): pyproject.toml constraints.txt .ci/setup.sh .ci/venv.sh
 	.ci/setup.sh
+	@echo "$(CURDIR)" > $@
+
+ifneq ($(shell $(PY_LEROBOT) -V >/dev/null 2>&1 && cat $(STAMP_LEROBOT) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP_LEROBOT)
+endif
+$(STAMP_LEROBOT): pyproject.toml constraints-lerobot.txt .ci/setup-lerobot.sh .ci/venv.sh
+	.ci/setup-lerobot.sh
 	@echo "$(CURDIR)" > $@

@@ -91,7 +91,7 @@ def diffusion_config(dataset: LeRobotDataset, **settings: Any) -> DiffusionConfi
         output_features={key: ft for key, ft in features.items() if ft.type is FeatureType.ACTION},
         # LeRobot's own default leaves the environment state as it is, hundreds of pixels
         normalization_mapping=dict.fromkeys(("STATE", "ENV", "ACTION"), NormalizationMode.MIN_MAX),
-        down_dims=(48, 96),
+        down_dims=(32, 64),
         diffusion_step_embed_dim=32,
         noise_scheduler_type="DDIM",
         num_inference_steps=10,

@@ -18,7 +18,6 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch as th
-from common import EVAL_SEED, cli
 from pusht_base import ENV_ID, ENV_KWARGS, OBS_KEYS, record_demos, train_policy
 from scipy.stats import t as students_t
 from stable_baselines3 import PPO, SAC
@@ -34,6 +33,7 @@ from sb3_dsrl import (
     make_latent_env,
     ppo_kwargs,
 )
+from sb3_dsrl.cli.common import EVAL_SEED, cli
 from sb3_dsrl.evaluation.play import Actor, play
 from sb3_dsrl.evaluation.results import wilson_interval
 

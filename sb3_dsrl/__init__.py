@@ -46,8 +46,11 @@ from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, Search
 from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 from sb3_dsrl.stage2.gamma_check import install_gamma_check
+from sb3_dsrl.stage2.latent_critics import ActionCritic, DistilledCritic, NoiseCritic
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.stage2.latent_sac import LatentSAC
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
+from sb3_dsrl.stage2.sac_settings import sac_kwargs
 from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
 from sb3_dsrl.stage2.steered_policy import SteeredPolicy
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
@@ -68,10 +71,12 @@ install_gamma_check()
 
 __all__ = [
     "ActionChunkWrapper",
+    "ActionCritic",
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
     "Demos",
+    "DistilledCritic",
     "EnsembleChunkCritic",
     "EvalResult",
     "ExactBootstrap",
@@ -81,10 +86,12 @@ __all__ = [
     "ImageEncoder",
     "ImageTraining",
     "LatentPolicy",
+    "LatentSAC",
     "LatentSteeringWrapper",
     "LeRobotPolicy",
     "SteerablePolicy",
     "SteeredPolicy",
+    "NoiseCritic",
     "NoiseSearch",
     "NoiseSpace",
     "ResumeCallback",
@@ -127,6 +134,7 @@ __all__ = [
     "state_layout",
     "steerability",
     "resume",
+    "sac_kwargs",
     "train_critic",
     "train_flow",
     "without_residual",

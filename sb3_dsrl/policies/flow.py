@@ -21,7 +21,8 @@ from sb3_dsrl.policies.losses import shortcut_loss
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
 from sb3_dsrl.policies.spatial_features import SpatialFeatures, StateLayout
 from sb3_dsrl.utils.devices import get_device
-from sb3_dsrl.utils.integrity import one_line, sha256
+from sb3_dsrl.utils.hub import About, HubModel
+from sb3_dsrl.utils.integrity import check_config, config_sha256, one_line
 from sb3_dsrl.utils.observations import map_frames
 
 
@@ -46,21 +47,6 @@ def _from_config(config: Any) -> Any:
     return Network.classes[name](**kwargs)
 
 
-def _sha256(config: dict[str, Any], folder: Path) -> str:
-    """Of configuration and weights together: safetensors files have no checksum, and every key of the first matters, too."""
-    known = {key: value for key, value in config.items() if key != "sha256"}
-    return sha256(folder / "model.safetensors", json.dumps(known, sort_keys=True).encode())
-
-
-def _check_sha256(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "sha256" in config and config["sha256"] != _sha256(config, folder):
-        raise ValueError(
-            "config.json or model.safetensors is damaged or was changed after it was saved (sha256); if it was changed on "
-            "purpose, remove the key 'sha256' from config.json"
-        )
-
-
 #: How the hub mixin builds networks from ``config.json``; subclasses must name it, too. What it writes at construction is
 #: replaced when the policy is saved.
 CODERS: dict[type, Any] = {
@@ -79,7 +65,12 @@ def _saved_by(folder: Path) -> type["FlowPolicy"]:
 
 
 class FlowPolicy(
-    SteerablePolicy, PyTorchModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "flow-matching"], coders=CODERS
+    SteerablePolicy,
+    HubModel,
+    PyTorchModelHubMixin,
+    library_name="sb3_dsrl",
+    tags=["robotics", "flow-matching"],
+    coders=CODERS,
 ):
     """
     Shortcut-flow policy over action chunks, with the chunk critic that was trained beside it.
@@ -311,7 +302,7 @@ class FlowPolicy(
         try:
             saved_by = cls
             if folder.is_dir():
-                _check_sha256(folder)
+                check_config(folder, "model.safetensors")
                 saved_by = _saved_by(folder) if cls is FlowPolicy else cls
             flow = super(FlowPolicy, saved_by).from_pretrained(str(pretrained_model_name_or_path), **kwargs)
         except (OSError, HFValidationError) as error:
@@ -322,6 +313,37 @@ class FlowPolicy(
         except Exception as error:  # what a damaged config.json or header raises depends on the byte
             raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {one_line(error)}") from error
         return flow.to(get_device(device)).freeze()
+
+    def about(self) -> About:
+        """What the model card tells of the policy."""
+        name = type(self).__name__
+        imports = f"from sb3_dsrl import make_latent_env\nfrom {type(self).__module__} import {name}"
+        if type(self) is FlowPolicy:
+            imports = "from sb3_dsrl import FlowPolicy, make_latent_env"
+        facts = dict(
+            task=self.env_id or "unknown",
+            observations=f"{self.obs_mode}, {self.obs_shapes}, {self.obs_horizon} frames",
+            control_mode=self.control_mode,
+            pred_horizon=self.pred_horizon,
+            act_horizon=self.act_horizon,
+            action_dim=self.action_dim,
+            num_steps=self.num_steps,
+            network=type(self.net).__name__,
+            parameters=sum(parameter.numel() for parameter in self.parameters()),
+            critic="none" if self.critic is None else f"for gamma {self.gamma}, reward_scale {self.reward_scale}",
+            fingerprint=self.fingerprint(),
+        )
+        text = (
+            "A frozen policy that turns noise into chunks of actions. `sb3_dsrl` steers it: reinforcement learning chooses "
+            "the noise, the weights stay as they are."
+        )
+        load = f"""
+{imports}
+
+flow = {name}.from_pretrained("{{path}}")
+env = make_latent_env("{self.env_id or "MyEnv-v0"}", flow)  # its actions are the flow's noise
+"""
+        return About("Flow policy", text, self.env_id, facts, load)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # What the policy is now, not what it was built with
@@ -338,4 +360,4 @@ class FlowPolicy(
             super()._save_pretrained(save_directory)
         except SafetensorError as error:  # a full disk, say
             raise OSError(f"{save_directory / 'model.safetensors'} cannot be written: {error}") from error
-        self._hub_mixin_config["sha256"] = _sha256(self._hub_mixin_config, save_directory)
+        self._hub_mixin_config["sha256"] = config_sha256(self._hub_mixin_config, save_directory / "model.safetensors")

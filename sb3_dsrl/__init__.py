@@ -32,6 +32,7 @@ from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.policies.encoders import ImageEncoder, StateEncoder
 from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.inversion import Inversion
+from sb3_dsrl.policies.lerobot import LeRobotPolicy
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
@@ -104,6 +105,7 @@ __all__ = [
     "LatentPolicy",
     "LatentSAC",
     "LatentSteeringWrapper",
+    "LeRobotPolicy",
     "SteerablePolicy",
     "SteeredPolicy",
     "NoiseCritic",

@@ -16,6 +16,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from torch.utils.tensorboard import SummaryWriter
 
+import sb3_dsrl
 from sb3_dsrl import (
     EvalResult,
     FlowPolicy,
@@ -26,7 +27,6 @@ from sb3_dsrl import (
     evaluate,
     make_latent_env,
     results_table,
-    state_layout,
 )
 from sb3_dsrl.evaluation.play import Actor
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
@@ -378,7 +378,7 @@ def layout_of(demos: Demos) -> StateLayout | None:
     """What the states of demos are made of: as the demos say, or else as the task says; None if they are images."""
     if demos.image_shapes or demos.env_id is None:
         return None
-    return demos.state_layout or state_layout(demos.env_id, demos.control_mode)
+    return demos.state_layout or sb3_dsrl.state_layout(demos.env_id, demos.control_mode)  # ManiSkill is imported here only
 
 
 def cli(main: Callable[[Args], None], args_class: type[Args]) -> NoReturn:

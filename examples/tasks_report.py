@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import pandas as pd
 import tyro
-from common import cli
+
+from sb3_dsrl.cli.common import cli
 
 #: Columns of the table: name of the row in a report, and what the table calls it.
 COLUMNS = {

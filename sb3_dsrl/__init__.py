@@ -27,6 +27,7 @@ from sb3_dsrl.policies.awsc import load_awsc_checkpoint
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.policies.encoders import ImageEncoder, StateEncoder
 from sb3_dsrl.policies.flow import FlowPolicy
+from sb3_dsrl.policies.inversion import Inversion
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
@@ -38,10 +39,10 @@ from sb3_dsrl.stage0.minari_demos import load_minari
 from sb3_dsrl.stage0.robomimic_demos import load_robomimic
 from sb3_dsrl.stage0.validation import Validation
 from sb3_dsrl.stage1.aw_mle import aw_mle_loss
-from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_searched
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_inverted, fit_searched
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage1.pretrain import pretrain_latent
-from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, SearchedSettings
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, InvertedSettings, SearchedSettings
 from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 from sb3_dsrl.stage2.gamma_check import install_gamma_check
@@ -84,6 +85,8 @@ __all__ = [
     "Gate",
     "ImageEncoder",
     "ImageTraining",
+    "Inversion",
+    "InvertedSettings",
     "LatentPolicy",
     "LatentSAC",
     "LatentSteeringWrapper",
@@ -115,6 +118,7 @@ __all__ = [
     "find_ticket",
     "fit_candidates",
     "fit_executed",
+    "fit_inverted",
     "fit_searched",
     "load_awsc_checkpoint",
     "load_demos",

@@ -34,6 +34,7 @@ from sb3_dsrl import (
     pretrain_latent,
 )
 from sb3_dsrl.cli.common import FlowArgs, Run, TrainingArgs, load_flow, make_env, refuse
+from sb3_dsrl.stage1.pretrain import Weighting
 from sb3_dsrl.stage2.resume import RECONFIGURE
 from sb3_dsrl.utils.checkpoint import atomic_file
 
@@ -63,7 +64,8 @@ class Args(FlowArgs, TrainingArgs):
     std: float | None = None
     """Standard deviation of a new policy, 1 is the prior's; 0.45, or 0.3 with shared noise, if not given."""
     gate_episodes: int = 0
-    """Test the result on so many fresh episodes and keep the start (a ticket, say) if that was better; 0 keeps the result."""
+    """Test the result on fresh episodes, so many at most, and keep the start (a ticket, say) if that was better; 0 keeps the
+    result."""
     total_iters: int | None = None
     """Optimiser steps; 500 for executed noises and 2,000 for candidates if not given."""
     eval_freq: int = 1_000

@@ -76,7 +76,7 @@ def settings(args: Args, env: VecLatentSteering) -> dict[str, Any]:
         policy_kwargs["prior_mix"] = args.prior_mix_ratio
     if args.std is not None:
         policy_kwargs["log_std_init"] = float(np.log(args.std))
-    schedule = {} if args.lr is None else dict(learning_rate=LinearSchedule(args.lr, 0.0, 1.0))
+    schedule: dict[str, Any] = {} if args.lr is None else dict(learning_rate=LinearSchedule(args.lr, 0.0, 1.0))
     return ppo_kwargs(
         env,
         **schedule,

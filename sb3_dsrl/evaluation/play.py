@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -67,6 +67,14 @@ class MacroStep:
     infos: list[dict[str, Any]]
     next_obs: Any
     counts: np.ndarray
+
+
+def count_env_steps(infos: Iterable[Mapping[str, Any]]) -> int:
+    """
+    :param infos: of one macro-step of all envs
+    :return: env steps that the simulators executed, those of envs that idle along included
+    """
+    return sum(info["chunk_length"] for info in infos)
 
 
 def as_vec_env(env: gym.Env | VecEnv) -> VecEnv:

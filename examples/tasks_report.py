@@ -1,6 +1,7 @@
-"""One table from the reports of run_recipe.py.
+"""One table from the reports of run_recipe.py or meta_world.py.
 
     python examples/tasks_report.py
+    python examples/tasks_report.py examples/results/metaworld --output examples/results/metaworld.csv
 
 Reads the kept reports, writes a CSV with a row for each evaluation, and prints the table of the README.
 """
@@ -35,7 +36,7 @@ REPORTS = (RESULTS / "quickstart", RESULTS / "recipes")
 
 @dataclass
 class Args:
-    """One table from the reports of run_recipe.py."""
+    """One table from the reports of run_recipe.py or meta_world.py."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = REPORTS
     """Folders of the reports."""
@@ -70,7 +71,7 @@ def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
                 }
             )
     if not found:
-        raise ValueError(f"{' and '.join(map(str, folders))} hold no report.json of run_recipe.py")
+        raise ValueError(f"{' and '.join(map(str, folders))} hold no report.json of run_recipe.py or meta_world.py")
     return pd.DataFrame(found)
 
 

@@ -69,15 +69,13 @@ class Task:
 
     max_episode_steps: int
     demo_noise: float
-    n_demos: int = 100
+    n_demos: int
 
 
 TASKS: Mapping[str, Task] = {
-    "pick-place-v3": Task(100, 0.6, 12),
-    "peg-insert-side-v3": Task(200, 0.4),
-    "basketball-v3": Task(160, 0.4),
-    "assembly-v3": Task(160, 0.4),
-    "push-v3": Task(120, 0.4),
+    "pick-place-v3": Task(max_episode_steps=100, demo_noise=0.6, n_demos=12),
+    "push-v3": Task(max_episode_steps=100, demo_noise=0.5, n_demos=9),
+    "basketball-v3": Task(max_episode_steps=140, demo_noise=0.4, n_demos=15),
 }
 
 
@@ -103,7 +101,7 @@ class Args:
     """Golden ticket: noises and episodes of each, in every round."""
     rollout_episodes: int = 128
     """Stage 1 learns from so many episodes of the frozen flow."""
-    total_timesteps: int = 150_000
+    total_timesteps: int = 200_000
     """Budget of stages 1 and 2 in env steps."""
     num_eval_episodes: int = 100
     """Episodes of each final evaluation."""

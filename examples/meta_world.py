@@ -115,7 +115,7 @@ def make_pool(task: str, num_envs: int, num_threads: int, seed: int) -> Any:
 
 
 class SeededPool(EnvPoolAdapter):
-    """EnvPool takes its seed when it is made. So this one is made anew when it is reset with a seed: episodes can be repeated."""
+    """EnvPool takes its seed when it is made: this one is made anew when it is reset with a seed, so that episodes repeat."""
 
     takes_seeds = True
 

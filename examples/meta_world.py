@@ -215,6 +215,7 @@ def main(args: Args) -> None:
 
     # Stage 1: which noises went well?
     model = PPO("LatentPolicy", env, **ppo_kwargs(env), seed=args.seed)
+    add_row("narrow", model, deterministic=False)  # untrained, it plays the prior at its own smaller std
     rollouts = collect_rollouts(flow, env, args.rollout_episodes, seed=args.seed, progress_bar=True)
     pretrain_latent(model, rollouts=rollouts, progress_bar=True)
     add_row("stage1", model)

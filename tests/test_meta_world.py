@@ -71,7 +71,7 @@ def test_the_example(tmp_path: Path) -> None:
     assert (report["env_id"], report["seed"]) == (TASK, 1)
     assert 0 < report["stage1_env_steps"] < report["env_steps"] <= 2_400 + 4 * 512
     names = [row["name"] for row in report["rows"]]
-    assert names == ["prior", "zero", "ticket", "stage1", "stage2", "stage2_stochastic"]
+    assert names == ["prior", "zero", "ticket", "narrow", "stage1", "stage2", "stage2_stochastic"]
     assert all(row["episodes"] == 4 and row["length"] == 100 for row in report["rows"])
     assert SteeredPolicy.from_pretrained(folder / "policy").flow.act_horizon == 4
 

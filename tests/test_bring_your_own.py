@@ -1,6 +1,5 @@
 """The page ``docs/bring_your_own.md``: its blocks, and SB3's tools on a Pendulum that a ten-line policy steers."""
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +29,11 @@ from sb3_dsrl import (
     pretrain_latent,
 )
 from tests.envs import ScriptedEnv
+from tests.pages import DOCS, blocks
 from tests.test_lerobot import StandIn
 
-PAGE = Path(__file__).parent.parent / "docs" / "bring_your_own.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+PAGE = DOCS / "bring_your_own.md"
+BLOCKS = [block.text for block in blocks(PAGE, "python")]
 H, LIMIT = 2, 30
 
 

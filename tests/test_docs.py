@@ -1,0 +1,134 @@
+"""The documentation: its Python runs, its commands exist, its lines are short, and the reference leaves nothing out."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stable_baselines3.common.save_util import load_from_zip_file
+
+import sb3_dsrl
+from sb3_dsrl import VelocityMLP, load_demos, train_flow
+from sb3_dsrl.utils.checkpoint import previous
+from tests.pages import DOCS, OWN_TESTS, ROOT, all_markdown, blocks, pages, run_blocks
+from tests.test_awsc import Checkpoint
+
+#: Blocks that nobody runs: output and pictures in characters, and directives of MyST
+NOT_RUN = {"text", "{toctree}", "{include} ../CONTRIBUTING.md", "{include} ../CHANGELOG.md", "{note}"}
+RUN_HERE = [path for path in pages() if blocks(path, "python") and path.name not in OWN_TESTS]
+MAX_LENGTH = 127
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the repository's examples, a flow and a checkpoint, as the pages assume them."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    Checkpoint(folder / "best_eval_success_once.pt")
+    demos = load_demos(ROOT / "examples" / "demos" / "PushCube-v1.h5", 10)
+    flow = train_flow(demos, net_class=VelocityMLP, pred_horizon=4, act_horizon=4, n_iterations=20)
+    flow.save_pretrained(folder / "flows" / "pushcube")
+    return folder
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(DOCS)) for path in RUN_HERE])
+def test_python_of_a_page(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    names = run_blocks(DOCS / page)
+    if page == "resuming.md":
+        path, total = folder / names["path"], names["total"]
+        assert saved_steps(path) == total  # the last interval, too
+        assert 0 < saved_steps(previous(path)) < total
+        before = path.read_bytes()
+        run_blocks(DOCS / page)  # there is nothing left to do
+        assert path.read_bytes() == before
+
+
+def saved_steps(path: Path) -> int:
+    """Macro-steps of a checkpoint."""
+    data, _, _ = load_from_zip_file(path)
+    assert data is not None
+    return data["num_timesteps"]
+
+
+def test_pages_with_a_test_of_their_own() -> None:
+    for page, test in OWN_TESTS.items():
+        assert blocks(DOCS / page, "python") and f'"{page}"' in (ROOT / "tests" / test).read_text()
+
+
+def test_every_block_is_run_or_marked() -> None:
+    assert len(RUN_HERE) > 8
+    for path in (ROOT / "README.md", *pages()):
+        for block in blocks(path):
+            assert block.language in NOT_RUN | {"python", "bash"}, f"{path.name}, line {block.line}: {block.language!r}"
+
+
+def test_commands_exist() -> None:
+    """Scripts, their flags, and targets of make."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    n_scripts = 0
+    for path in (ROOT / "README.md", *pages()):
+        for block in blocks(path, "bash"):
+            for command in block.text.replace("\\\n", " ").splitlines():
+                command = command.partition("#")[0].strip()
+                if command.startswith("make "):
+                    assert command.split()[1] in targets, f"{path.name}: {command}"
+                if command.startswith("python examples/"):
+                    n_scripts += 1
+                    script = ROOT / command.split()[1]
+                    known = known_flags(script)
+                    flags = {flag.replace("-", "_") for flag in re.findall(r" --([\w-]+)", command)}
+                    assert flags <= known, f"{path.name}: {script.name} has no {flags - known}"
+    assert n_scripts > 8
+
+
+def known_flags(script: Path) -> set[str]:
+    """What a script's sources declare; modules that it imports from its own folder or from the package count."""
+    source = script.read_text()
+    for name in re.findall(r"^(?:from|import) ((?:common|make_demos|sb3_dsrl\.cli)[\w.]*)", source, re.MULTILINE):
+        for place in (script.parent, ROOT / "examples", ROOT):
+            path = place / f"{name.replace('.', '/')}.py"
+            source += path.read_text() if path.is_file() else ""
+    declared = set(re.findall(r"^ +(\w+): ", source, re.MULTILINE))
+    names = re.findall(r'"--([\w-]+)"', source)
+    return declared | {name.replace("-", "_") for name in names} | {f"no_{name}" for name in declared}
+
+
+def test_lines_of_prose_are_short() -> None:
+    for path in all_markdown():
+        in_block = {line for block in blocks(path) for line in range(block.line, block.line + block.text.count("\n") + 2)}
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            is_prose = number not in in_block and not line.startswith(("|", "    "))
+            assert not is_prose or len(line) <= MAX_LENGTH, f"{path.relative_to(ROOT)}, line {number}: {len(line)}"
+
+
+def test_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_reference_has_every_public_name() -> None:
+    text = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.rst"))
+    documented = set(re.findall(r"^\.\. auto(?:class|function):: (?:sb3_dsrl\.)?(\w+)$", text, re.MULTILINE))
+    assert set(sb3_dsrl.__all__) - {"__version__"} <= documented
+
+
+def test_start_page_leads_to_every_page() -> None:
+    listed = set(re.findall(r"^([\w/]+)$", (DOCS / "index.md").read_text(), re.MULTILINE))
+    assert {path.stem for path in DOCS.glob("*.md")} - {"index"} <= listed
+
+
+def test_images_and_links_of_the_readme_exist() -> None:
+    links = re.findall(r"\]\(([^)#:]+)[)#]", (ROOT / "README.md").read_text())
+    assert len(links) > 15 and not [link for link in links if not (ROOT / link).exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for package in ("sphinx", "myst_nb", "furo", "sphinx_copybutton"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "index.html").is_file() and (tmp_path / "searchindex.js").stat().st_size > 10_000

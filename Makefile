@@ -3,12 +3,13 @@ MINUTES ?= 30
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help setup demo bench test identity faults soak check format docs docs-links notebook .docs-tools clean
+.PHONY: help setup demo bench test test-zoo identity faults soak check format docs docs-links notebook .docs-tools clean
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
 	@echo "make bench           speed against plain versions of the same; figures in runs/bench"
 	@echo "make test            run the tests"
+	@echo "make test-zoo        run the tests that need rl-zoo3, in .venv-zoo"
 	@echo "make identity        the fast simulator against ManiSkill's own, bit for bit, on every task that builds"
 	@echo "make faults          break everything that can break, and print what comes of it"
 	@echo "make soak [MINUTES=30] kill workers at random during stage 2"
@@ -32,6 +33,13 @@ bench: setup
 
 test: setup
 	$(PY) -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
+
+# An environment over .venv, whose packages it sees, with rl-zoo3 and what that needs in other versions.
+test-zoo: setup
+	$(PY) -m venv .venv-zoo
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(echo .venv-zoo/lib/python*/site-packages)/below.pth"
+	.venv-zoo/bin/python -m pip install -q "rl_zoo3>=2.9"
+	PYTHONPATH=. .venv-zoo/bin/python -m pytest -q tests/test_zoo.py
 
 identity: setup
 	$(PY) -m pytest -q -rs -n logical -m exhaustive tests/test_fast.py tests/test_stack.py

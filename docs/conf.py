@@ -1,9 +1,11 @@
 """Sphinx settings; ``make docs`` builds the site into docs/_build/html."""
 
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
+from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -15,12 +17,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sb3_dsrl
 
-#: Modules of the package that need no extra
-MODULES = {
-    module.name: import_module(module.name)
-    for module in walk_packages(sb3_dsrl.__path__, "sb3_dsrl.")
-    if not module.name.startswith("sb3_dsrl.envs.fast") and "maniskill" not in module.name and "ray" not in module.name
-}
+
+def modules() -> Iterator[tuple[str, ModuleType]]:
+    """The modules of the package; without an extra those that need it are missing."""
+    for module in walk_packages(sb3_dsrl.__path__, "sb3_dsrl.", onerror=lambda name: None):
+        try:
+            yield module.name, import_module(module.name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("sb3_dsrl"):
+                raise
+
+
+MODULES = dict(modules())
 
 project = "sb3_dsrl"
 author = "The sb3_dsrl authors"

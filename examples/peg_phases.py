@@ -11,10 +11,10 @@ from typing import Any
 
 import gymnasium as gym
 import pandas as pd
-from common import EVAL_SEED, cli, steering_of
 from mani_skill.utils.wrappers import CPUGymWrapper
 
 from sb3_dsrl import LatentSteeringWrapper, SteeredPolicy
+from sb3_dsrl.cli.common import EVAL_SEED, cli, steering_of
 from sb3_dsrl.envs.maniskill import maniskill_kwargs
 from sb3_dsrl.evaluation.play import Actor, play
 from sb3_dsrl.policies.loading import resolve_flow

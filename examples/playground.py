@@ -16,13 +16,13 @@ import gymnasium as gym
 import jax
 import numpy as np
 import torch as th
-from common import cli
 from gymnasium.vector import AutoresetMode, VectorEnv
 from jax import numpy as jnp
 from mujoco_playground import registry
 from stable_baselines3 import PPO
 
 from sb3_dsrl import FlowPolicy, VecLatentSteering, VelocityMLP, ppo_kwargs
+from sb3_dsrl.cli.common import cli
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 
 

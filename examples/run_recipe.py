@@ -19,7 +19,6 @@ import make_demos
 import matplotlib
 import torch as th
 import tyro
-from common import EVAL_SEED, cli, layout_of
 from recipes import RECIPES
 from recipes.recipe import Recipe
 from stable_baselines3 import PPO
@@ -41,6 +40,7 @@ from sb3_dsrl import (
     train_critic,
     train_flow,
 )
+from sb3_dsrl.cli.common import EVAL_SEED, cli, layout_of
 from sb3_dsrl.evaluation.play import Actor
 from sb3_dsrl.evaluation.video import record_video
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback

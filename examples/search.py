@@ -9,9 +9,8 @@ Each round's search is in runs/<exp_name>/search.npz, the policy in policy.pt.
 
 from dataclasses import dataclass
 
-from common import EvalArgs, FlowArgs, Run, cli, load_flow, make_env
-
 from sb3_dsrl import LatentPolicy, SearchResult, pretrain_latent, search_noise
+from sb3_dsrl.cli.common import EvalArgs, FlowArgs, Run, cli, load_flow, make_env
 
 
 @dataclass(kw_only=True)

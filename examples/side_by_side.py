@@ -12,8 +12,9 @@ from typing import Annotated
 import imageio.v2 as imageio
 import numpy as np
 import tyro
-from common import cli
 from PIL import Image, ImageDraw, ImageFont
+
+from sb3_dsrl.cli.common import cli
 
 
 @dataclass

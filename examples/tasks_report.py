@@ -17,11 +17,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import tyro
-from common import cli
 from scipy.stats import trim_mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from sb3_dsrl.cli.common import cli
 
 #: Columns of the table: name of the row in a report, and what the table calls it.
 COLUMNS = {

@@ -27,6 +27,7 @@ from sb3_dsrl.policies.awsc import load_awsc_checkpoint
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.policies.encoders import ImageEncoder, StateEncoder
 from sb3_dsrl.policies.flow import FlowPolicy
+from sb3_dsrl.policies.inversion import Inversion
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
@@ -38,15 +39,18 @@ from sb3_dsrl.stage0.minari_demos import load_minari
 from sb3_dsrl.stage0.robomimic_demos import load_robomimic
 from sb3_dsrl.stage0.validation import Validation
 from sb3_dsrl.stage1.aw_mle import aw_mle_loss
-from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_searched
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_inverted, fit_searched
 from sb3_dsrl.stage1.gate import Gate
 from sb3_dsrl.stage1.pretrain import pretrain_latent
-from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, SearchedSettings
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, InvertedSettings, SearchedSettings
 from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
 from sb3_dsrl.stage2.gamma_check import install_gamma_check
+from sb3_dsrl.stage2.latent_critics import ActionCritic, DistilledCritic, NoiseCritic
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
+from sb3_dsrl.stage2.latent_sac import LatentSAC
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
+from sb3_dsrl.stage2.sac_settings import sac_kwargs
 from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
 from sb3_dsrl.stage2.steered_policy import SteeredPolicy
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
@@ -67,10 +71,12 @@ install_gamma_check()
 
 __all__ = [
     "ActionChunkWrapper",
+    "ActionCritic",
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
     "Demos",
+    "DistilledCritic",
     "EnsembleChunkCritic",
     "EvalResult",
     "ExactBootstrap",
@@ -79,10 +85,14 @@ __all__ = [
     "Gate",
     "ImageEncoder",
     "ImageTraining",
+    "Inversion",
+    "InvertedSettings",
     "LatentPolicy",
+    "LatentSAC",
     "LatentSteeringWrapper",
     "SteerablePolicy",
     "SteeredPolicy",
+    "NoiseCritic",
     "NoiseSearch",
     "NoiseSpace",
     "ResumeCallback",
@@ -108,6 +118,7 @@ __all__ = [
     "find_ticket",
     "fit_candidates",
     "fit_executed",
+    "fit_inverted",
     "fit_searched",
     "load_awsc_checkpoint",
     "load_demos",
@@ -125,6 +136,7 @@ __all__ = [
     "state_layout",
     "steerability",
     "resume",
+    "sac_kwargs",
     "train_critic",
     "train_flow",
     "without_residual",

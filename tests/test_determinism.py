@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3 import PPO, SAC
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -321,8 +321,6 @@ def test_wrong_use(flow: FlowPolicy, tmp_path: Path) -> None:
     plain.save(tmp_path / "plain.zip")
     with pytest.raises(ValueError, match=r"is a model, but not a checkpoint of ResumeCallback: load it with PPO\.load"):
         resume(PPO, tmp_path / "plain.zip", env)
-    with pytest.raises(ValueError, match="ResumeCallback is for PPO, A2C and TRPO, found SAC"):
-        SAC("MlpPolicy", env, buffer_size=10).learn(1, ResumeCallback(stage.path))
     with pytest.raises(ValueError, match="The state of CrashAt is unknown"):
         ResumeCallback(stage.path, keep=[CrashAt(0)])
     with pytest.raises(ValueError, match="save_freq must be at least 1 env step, found 0"):

@@ -20,8 +20,11 @@ MAX_PARAMETERS = 16
 LAZY = {"mani_skill", "sapien", "ray", "diffusers", "wandb", "lerobot", "minari", "pyarrow"} | {
     *("imageio", "cv2", "matplotlib", "pandas", "scipy")
 }
-#: The modules of this package that import ManiSkill, so that importing the package does not.
-LAZY_MODULES = {"sb3_dsrl.envs.maniskill", "sb3_dsrl.envs.maniskill_wrappers"}
+#: The modules of this package that import ManiSkill or an extra, so that importing the package does not.
+LAZY_MODULES = {
+    *("sb3_dsrl.envs.maniskill", "sb3_dsrl.envs.maniskill_wrappers"),
+    *("sb3_dsrl.experts.planner", "sb3_dsrl.experts.scripted", "sb3_dsrl.policies.diffusion", "sb3_dsrl.evaluation.video"),
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

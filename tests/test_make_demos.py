@@ -17,6 +17,7 @@ import pytest
 from mani_skill.utils.wrappers.record import RecordEpisode
 
 from sb3_dsrl import load_demos
+from sb3_dsrl.experts import EXPERTS
 from tests.demo_files import scripted_episode, write_demos
 from tests.scripts import EXAMPLES, run_script
 
@@ -30,14 +31,8 @@ SUCCESS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder that a script finds its modules in."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-
-
 def module(name: str) -> Any:
-    return importlib.import_module(f"experts.{name}")
+    return importlib.import_module(f"sb3_dsrl.experts.{name}")
 
 
 def attempts(n: int, **flags: Any) -> list[Any]:
@@ -72,7 +67,7 @@ def test_experts_succeed_with_their_noise(env_id: str, control_mode: str) -> Non
 
 
 def test_every_style_succeeds() -> None:
-    expert = importlib.import_module("experts").EXPERTS["PickCube-v1"]
+    expert = EXPERTS["PickCube-v1"]
     found = attempts(2 * len(expert.styles), env_id="PickCube-v1", noise=0.0, styles=len(expert.styles))
     assert [attempt.episode["style"] for attempt in found] == 2 * list(range(len(expert.styles)))
     assert all(attempt.success for attempt in found)

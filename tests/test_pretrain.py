@@ -142,7 +142,7 @@ def flow_without_critic() -> FlowPolicy:
             bandit_flow,
             dict(demos=bandit_demos(), weighting="best"),
             ValueError,
-            r"weighting must be 'auto', 'candidates' or 'executed', found 'best'",
+            r"weighting must be 'auto', 'candidates', 'executed' or 'inverted', found 'best'",
         ),
         (
             bandit_flow,

@@ -174,7 +174,7 @@ def test_search(runs: Path) -> None:
 def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
-    from common import Run, TrainingArgs
+    from sb3_dsrl.cli.common import Run, TrainingArgs
 
     def start(**flags: Any) -> None:
         Run("train", TrainingArgs(exp_name="a", **flags), "PushCube-v1").writer.close()

@@ -9,7 +9,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_dsrl import FlowPolicy, policy_defaults, ppo_kwargs
 from sb3_dsrl.stage2.settings import rollout_sizes
-from tests.envs import scripted
+from tests.envs import scripted, tiny_flow
 from tests.models import steered
 
 NARROW = dict(log_std_init=math.log(0.45), prior_mix=0.03, prior_mix_decay=0.995, value_lr=1e-3)
@@ -36,12 +36,26 @@ def test_presets(steer_mode: Any, preset: Any, expected: dict[str, float], flow:
         assert schedule == 3e-4
     else:
         assert isinstance(schedule, LinearSchedule)
-        assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([3e-4, 1.5e-4, 0.0])
+        entries = math.prod(env.action_space.shape)
+        peak = min(3e-4, 3.2e-3 / entries)
+        assert [schedule(progress) for progress in (1.0, 0.5, 0.0)] == pytest.approx([peak, peak / 2, 0.0])
     sizes = dict(n_steps=256, batch_size=128)
     assert kwargs == dict(gamma=0.9**3, n_epochs=10, clip_range=0.2, ent_coef=1e-3, policy_kwargs=expected, **sizes)
     policy = PPO("LatentPolicy", env, **kwargs).policy
     assert float(policy.prior_mix) == expected["prior_mix"] and policy.net_arch == dict(pi=[256, 256], vf=[256, 256])
     assert policy.log_std.tolist() == pytest.approx([expected["log_std_init"]] * len(policy.log_std))
+
+
+def test_an_update_stays_near_the_policy_that_acted(flow: FlowPolicy) -> None:
+    """With many entries of noise, SB3's learning rate throws the policy far beyond what the clipped objective trusts."""
+    env = steered(tiny_flow(pred_horizon=16), n_envs=2)
+    assert math.prod(env.action_space.shape) >= 32
+    kl = {}
+    for name, overrides in dict(ours={}, sb3=dict(learning_rate=3e-4)).items():
+        model = PPO("LatentPolicy", env, **ppo_kwargs(env, **overrides), seed=0)
+        model.learn(2 * model.n_steps * env.num_envs)
+        kl[name] = model.logger.name_to_value["train/approx_kl"]
+    assert kl["ours"] < kl["sb3"] / 2
 
 
 def test_the_recipe_is_the_default(flow: FlowPolicy) -> None:

@@ -263,6 +263,36 @@ def test_spread_of_noise_and_demos(tmp_path: Path, spread: float) -> None:
     assert found.noise.shape == found.overall.shape == found.similar.shape == (1, 2)
 
 
+@pytest.mark.parametrize(("noise_bound", "reached"), [(4.0, 1.0), (0.6, 0.5)])
+def test_share_of_the_demos_chunks_that_noise_reaches(tmp_path: Path, noise_bound: float, reached: float) -> None:
+    """The flow decodes noise to itself. The demos' actions are 0.8, 0.5, -0.5 and -0.2, those of places apart by 1."""
+    flow = linear_flow()
+    env = FORMS["vec form"](flow, [ToyEnv(right_sign)], noise_bound=noise_bound)
+    report = steerability(flow, env, demos=demo_file(tmp_path / "demos.h5", 0.3), episodes=32, n_tickets=2)
+    found = report.demo_chunks
+    assert found is not None and found.chunks == 240
+    assert found.demos == reached and found.own > 0.95
+    assert found.norm == pytest.approx(0.5, abs=0.01) and 0.4 < found.own_norm < 0.9
+    assert f"Demos: {reached:.2f} of 240 of their chunks" in report.findings
+    assert ("a residual or more demos could" in report.findings) == (reached < 1)
+    assert report.as_dict()["demo_chunks"]["demos"] == found.demos
+
+
+def test_a_flow_that_cannot_do_what_the_demos_do(tmp_path: Path) -> None:
+    flow, env = toy(right_sign, deaf(0.3))
+    found = steerability(flow, env, demos=demo_file(tmp_path / "demos.h5", 0.0), episodes=32, n_tickets=2).demo_chunks
+    assert found is not None and (found.demos, found.own) == (0.0, 1.0)
+    assert found.error == pytest.approx(0.4, abs=0.01) or found.error == pytest.approx(1.6, abs=0.01)  # half of the demos each
+
+
+def test_noise_that_is_steered_in_part_is_not_sought(tmp_path: Path) -> None:
+    flow = mean_flow()
+    env = FORMS["vec form"](flow, [ToyEnv(right_sign)], steer_mode="shared")
+    report = steerability(flow, env, demos=demo_file(tmp_path / "demos.h5", 0.3), episodes=32, n_tickets=2)
+    assert report.demo_chunks is None and "Demos: " not in report.findings
+    assert report.as_dict()["demo_chunks"] is None
+
+
 @pytest.mark.parametrize(("mode", "std"), [("full", 0.5), ("act_horizon", 0.25), ("shared", 0.72)])
 def test_noise_that_is_not_steered_is_held(mode: str, std: float) -> None:
     """Every action is the mean of 4 rows of the noise, clipped to [-1, 1]; steer_mode="act_horizon" steers one of them."""

@@ -236,7 +236,7 @@ def test_push_to_hub_uploads_the_whole_folder(policy: SteeredPolicy, tmp_path: P
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     assert policy.push_to_hub("me/lift") == "url" and uploaded["repo_id"] == "me/lift"
     assert weights(SteeredPolicy.from_pretrained(tmp_path / "hub").latent) == weights(policy.latent)
-    monkeypatch.setattr("sb3_dsrl.stage2.steered_policy.snapshot_download", lambda repo_id, **kwargs: str(tmp_path / "hub"))
+    monkeypatch.setattr("sb3_dsrl.utils.hub.snapshot_download", lambda repo_id, **kwargs: str(tmp_path / "hub"))
     assert weights(SteeredPolicy.from_pretrained("me/lift").latent) == weights(policy.latent)
 
 

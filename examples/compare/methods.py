@@ -10,7 +10,6 @@ from typing import Any
 
 from sb3_contrib import TQC
 from stable_baselines3 import PPO, SAC
-from stable_baselines3.common.utils import LinearSchedule
 
 from compare.half_demos import HalfDemos
 from compare.trial import GAMMA, Trial
@@ -65,7 +64,7 @@ def latent_model(trial: Trial, ticket: bool, shared: bool = False) -> PPO:
         policy_kwargs["centre"] = found.w
     n_steps = trial.rollout_steps(512, trial.flow.act_horizon)
     overrides: dict[str, Any] = dict(n_steps=n_steps, batch_size=n_steps * trial.n_envs // 4, seed=trial.seed)
-    kwargs = ppo_kwargs(env, learning_rate=LinearSchedule(3e-4, 0.0, 1.0), policy_kwargs=policy_kwargs, **overrides)
+    kwargs = ppo_kwargs(env, policy_kwargs=policy_kwargs, **overrides)
     return PPO("LatentPolicy", env, **kwargs)
 
 

@@ -26,12 +26,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # "common", and this folder as the package "compare"
 
-from common import EVAL_SEED, cli
-
 from compare.methods import ALL, METHODS, NO_SEED
 from compare.report import write_report
 from compare.trial import GAMMA, TASKS, Task, Trial
 from sb3_dsrl import FlowPolicy, VelocityMLP, demo_transitions, evaluate, load_demos, train_critic, train_flow
+from sb3_dsrl.cli.common import EVAL_SEED, cli
 from sb3_dsrl.utils.checkpoint import atomic_file
 
 EXAMPLES = Path(__file__).parents[1]

@@ -5,7 +5,8 @@ from sb3_dsrl import VelocityMLP
 
 RECIPE = Recipe(
     env_id="PegInsertionSide-v1",
-    demos=dict(num_demos=500),
-    flow=dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=8, act_horizon=4, num_steps=4, n_iterations=8_000),
+    demos=dict(num_demos=1_000),
+    flow=dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=8, act_horizon=4, num_steps=4, n_iterations=12_000),
     total_timesteps=300_000,
+    ppo=dict(policy_kwargs=dict(log_std_init=-1.2)),  # a std of 0.3
 )

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_dsrl.evaluation.best_of import BestOfM
+from sb3_dsrl.evaluation.chunk_reach import chunk_reach
 from sb3_dsrl.evaluation.play import Actor, as_vec_env, evaluate, quota_per_env, require_success
 from sb3_dsrl.evaluation.results import EvalResult
 from sb3_dsrl.evaluation.rollouts import Rollouts, collect_rollouts
@@ -63,7 +64,8 @@ def steerability(
         limit
     :param critic: ensemble chunk critic; None is the flow's own, if that is trained, and for the H that the env
         executes
-    :param demos: the flow's demos, or the path of an ``.h5`` file, to compare the spread of actions with; or None
+    :param demos: the flow's demos, or the path of an ``.h5`` file, to compare the spread of actions with, and
+        to see which part of their chunks the noise can reach; or None
     :param episodes: at most, in all
     :param n_tickets: fixed noises that are tried
     :param n_candidates: M of the best of M
@@ -109,6 +111,7 @@ def steerability(
         other = test("prior again", "prior", noise_seed=seed)
     else:
         other = test(f"best_of_{n_candidates}", best_of)
+    encoded = None if demos is None else encode_demos(flow, demos)
     auc_first, auc_episode = (None, None) if critic is None else _critic_auc(steering, critic, rollouts, kappa)
     return SteerabilityReport(
         base=replace(rollouts.result, name="prior"),
@@ -117,13 +120,14 @@ def steerability(
         best_of=None if best_of is None else other,
         search=search,
         search_episodes=rounds[0][1],
-        spread=_action_spread(steering, rollouts, demos, seed),
+        spread=_action_spread(steering, rollouts, encoded, seed),
         auc_first_chunk=auc_first,
         auc_episode=auc_episode,
         tries=_paired(passes, n_control),
         rollouts=rollouts,
         env_steps=recorder.env_steps,
         act_horizon=flow.act_horizon,
+        demo_chunks=None if encoded is None else chunk_reach(steering, rollouts, encoded, seed),
     )
 
 
@@ -214,7 +218,7 @@ def _auc(score: np.ndarray, success: np.ndarray) -> float | None:
 def _action_spread(
     steering: Steering,
     rollouts: Rollouts,
-    demos: Demos | None,
+    encoded: Demos | None,
     seed: int,
     n_states: int = 128,
     n_noises: int = 32,
@@ -225,12 +229,11 @@ def _action_spread(
     w = steering.choices(len(states), n_noises, generator=generator)
     chunks = flow.executed(flow.decode(states, w.to(flow.device), steering.contract.num_steps)).cpu()
     noise = chunks.var(dim=1).mean(dim=0).sqrt().numpy()
-    if demos is None:
+    if encoded is None:
         return ActionSpread(noise, rollouts.chunk.std(dim=0, unbiased=False).numpy(), "base episodes", None)
-    encoded = encode_demos(flow, demos).episodes
-    of_demos = [chunks_from_now(episode, demos.control_mode, flow.act_horizon) for episode in demos.episodes]
+    of_demos = [chunks_from_now(episode, encoded.control_mode, flow.act_horizon) for episode in encoded.episodes]
     # One state an episode: its neighbours in time are no other choice that a demonstrator made.
-    nearest = [th.cdist(states.cpu(), th.from_numpy(episode.obs[:-1])).min(dim=1) for episode in encoded]
+    nearest = [th.cdist(states.cpu(), th.from_numpy(episode.obs[:-1])).min(dim=1) for episode in encoded.episodes]
     order = np.stack([found.values.numpy() for found in nearest]).argsort(axis=0)[:n_similar, :, None, None]
     candidates = np.stack([chunk[found.indices.numpy()] for chunk, found in zip(of_demos, nearest, strict=True)])
     similar = np.take_along_axis(candidates, order, axis=0)  # (8, S, H, A)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sb3_dsrl.evaluation.chunk_reach import ChunkReach
 from sb3_dsrl.evaluation.figure import draw
 from sb3_dsrl.evaluation.results import EvalResult, results_table
 from sb3_dsrl.evaluation.rollouts import Rollouts
@@ -63,6 +64,7 @@ class SteerabilityReport:
     :param rollouts: the base episodes, which stage 1 can learn from
     :param env_steps: env steps that the simulator executed for all of this
     :param act_horizon: H, env steps of each chunk that were executed
+    :param demo_chunks: what the noise can reach of the demos' chunks; None without demos, or if chunks cannot be inverted
     """
 
     base: EvalResult
@@ -78,6 +80,7 @@ class SteerabilityReport:
     rollouts: Rollouts
     env_steps: int
     act_horizon: int
+    demo_chunks: ChunkReach | None = None
 
     @property
     def rows(self) -> list[EvalResult]:
@@ -167,6 +170,7 @@ class SteerabilityReport:
                 for name, std in (("over noise", spread.noise), ("all", spread.overall), ("similar states", spread.similar))
                 if std is not None
             ),
+            *([] if self.demo_chunks is None else [str(self.demo_chunks)]),
             "Critic: no trained critic for this act_horizon."
             if self.best_of is None
             else "Critic: all base episodes ended alike, so its scores could not be judged."
@@ -213,6 +217,7 @@ class SteerabilityReport:
                 best=dict(success_at_end=self.search.success_at_end, episodes=self.search.episodes, w=self.search.w.tolist()),
             ),
             action_std=spread | dict(ratio=self.spread.ratio),
+            demo_chunks=None if self.demo_chunks is None else asdict(self.demo_chunks),
             critic=None if self.best_of is None else dict(auc_first_chunk=self.auc_first_chunk, auc_episode=self.auc_episode),
             env_steps=self.env_steps,
             act_horizon=self.act_horizon,

@@ -29,6 +29,8 @@ class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "di
     Train one with ``train_flow(demos, policy_class=DiffusionPolicy)``. All other arguments are those of
     :class:`~sb3_dsrl.FlowPolicy`.
 
+    ``invert`` finds less than it does for a flow: DDIM clips at every step, so that there is no way back.
+
     :param net: eps network over (T, A)
     """
 
@@ -42,9 +44,15 @@ class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "di
         :return: chunks of the shape of w, clipped to [-1, 1]
         :raises ValueError: if ``num_steps`` is no divisor
         """
+        return super().decode(cond, w, num_steps)
+
+    def _steps(self, num_steps: int | None) -> int:
         n = self.num_steps if num_steps is None else num_steps
         if n < 1 or N_LEVELS % n:
             raise ValueError(f"num_steps must divide {N_LEVELS}, found {n}")
+        return n
+
+    def _generate(self, cond: th.Tensor, w: th.Tensor, n: int) -> th.Tensor:
         scheduler = _scheduler()
         scheduler.set_timesteps(n)
         x = w.reshape(-1, *self.noise_shape)
@@ -52,7 +60,10 @@ class DiffusionPolicy(FlowPolicy, library_name="sb3_dsrl", tags=["robotics", "di
         for k in scheduler.timesteps:
             eps = self.net(x, *_times(k.expand(len(x)).to(x.device)), cond)
             x = scheduler.step(eps, k, x, eta=0.0).prev_sample
-        return self._to_actions(x.reshape(w.shape))
+        return x.reshape(w.shape)
+
+    def _undo(self, cond: th.Tensor, x: th.Tensor, n: int) -> th.Tensor:
+        return th.zeros_like(x)
 
     @staticmethod
     def _fit(normalizer: ActionNormalizer, actions: th.Tensor) -> None:

@@ -3,6 +3,7 @@
 # No ``from __future__ import annotations`` here: the hub mixin reads the annotations of ``__init__`` to rebuild networks.
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from torch import nn
 
 from sb3_dsrl.policies.action_normalizer import ActionNormalizer
 from sb3_dsrl.policies.base import SteerablePolicy
-from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate
+from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate, walk_back
 from sb3_dsrl.policies.encoders import ImageEncoder, ObsEncoder, StateEncoder
+from sb3_dsrl.policies.inversion import Inversion, gauss_newton, root_mean_square
 from sb3_dsrl.policies.losses import shortcut_loss
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
 from sb3_dsrl.policies.spatial_features import SpatialFeatures, StateLayout
 from sb3_dsrl.utils.devices import get_device
-from sb3_dsrl.utils.integrity import one_line, sha256
+from sb3_dsrl.utils.hub import About, HubModel
+from sb3_dsrl.utils.integrity import check_config, config_sha256, one_line
 from sb3_dsrl.utils.observations import map_frames
 
 
@@ -46,21 +49,6 @@ def _from_config(config: Any) -> Any:
     return Network.classes[name](**kwargs)
 
 
-def _sha256(config: dict[str, Any], folder: Path) -> str:
-    """Of configuration and weights together: safetensors files have no checksum, and every key of the first matters, too."""
-    known = {key: value for key, value in config.items() if key != "sha256"}
-    return sha256(folder / "model.safetensors", json.dumps(known, sort_keys=True).encode())
-
-
-def _check_sha256(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "sha256" in config and config["sha256"] != _sha256(config, folder):
-        raise ValueError(
-            "config.json or model.safetensors is damaged or was changed after it was saved (sha256); if it was changed on "
-            "purpose, remove the key 'sha256' from config.json"
-        )
-
-
 #: How the hub mixin builds networks from ``config.json``; subclasses must name it, too. What it writes at construction is
 #: replaced when the policy is saved.
 CODERS: dict[type, Any] = {
@@ -68,6 +56,9 @@ CODERS: dict[type, Any] = {
     for net in (VelocityNet, ObsEncoder, EnsembleChunkCritic, ActionNormalizer)
 }
 
+
+#: Chunks that are inverted at once, which bounds the memory of their Jacobians.
+INVERTED_AT_ONCE = 1_024
 
 #: Subclasses that come with the package, for folders that name them
 SUBCLASSES = {"DiffusionPolicy": "sb3_dsrl.policies.diffusion"}
@@ -79,7 +70,12 @@ def _saved_by(folder: Path) -> type["FlowPolicy"]:
 
 
 class FlowPolicy(
-    SteerablePolicy, PyTorchModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "flow-matching"], coders=CODERS
+    SteerablePolicy,
+    HubModel,
+    PyTorchModelHubMixin,
+    library_name="sb3_dsrl",
+    tags=["robotics", "flow-matching"],
+    coders=CODERS,
 ):
     """
     Shortcut-flow policy over action chunks, with the chunk critic that was trained beside it.
@@ -222,11 +218,59 @@ class FlowPolicy(
         :return: chunks of the shape of w, clipped to [-1, 1]
         :raises ValueError: if ``num_steps`` is not positive
         """
+        return self._to_actions(self._generate(cond, w, self._steps(num_steps)))
+
+    def _steps(self, num_steps: int | None) -> int:
         n = self.num_steps if num_steps is None else num_steps
         if n < 1:
             raise ValueError(f"num_steps must be at least 1, found {n}")
-        x = self._integrate(self.net, cond, w if w.dim() == 4 else w[:, None], n)
-        return self._to_actions(x.reshape(w.shape))
+        return n
+
+    def _generate(self, cond: th.Tensor, w: th.Tensor, n: int) -> th.Tensor:
+        """What :meth:`decode` returns, in the network's units and not clipped."""
+        return self._integrate(self.net, cond, w if w.dim() == 4 else w[:, None], n).reshape(w.shape)
+
+    def _undo(self, cond: th.Tensor, x: th.Tensor, n: int) -> th.Tensor:
+        """About the noise of a chunk (B, T, A), which is in the network's units: where :meth:`invert` begins."""
+        return walk_back(self.net, cond, x, n)
+
+    @th.no_grad()
+    def invert(
+        self, cond: th.Tensor, chunk: th.Tensor, num_steps: int | None = None, n_iterations: int = 5, sigma: float = 0.01
+    ) -> Inversion:
+        """
+        The noise whose decode comes nearest to a chunk: the flow integrated backwards, then Gauss-Newton steps. Of all noises
+        that reach the chunk the likeliest under the prior is sought, as if the chunk were known up to a standard deviation of
+        ``sigma``: the sum of ``||decode(w) - chunk||^2`` and ``sigma^2 ||w||^2`` is minimised.
+
+        :param cond: (B, C)
+        :param chunk: actions in [-1, 1], (B, T, A), or the executed part alone, (B, H, A); if H is T that is the same
+        :param num_steps: of :meth:`decode`
+        :param n_iterations: Gauss-Newton steps; 0 integrates backwards alone
+        :param sigma: in the units of the noise, which with an action normaliser are standard deviations of the demos' actions;
+            0 seeks the nearest chunk, whatever noise that takes
+        :return: the noise, and how near it comes
+        :raises ValueError: if the chunks have another shape, are NaN or infinite, or an argument is out of range
+        """
+        n = self._steps(num_steps)
+        rows = th.arange(self.pred_horizon, device=chunk.device)
+        if chunk.shape[1:2] == (self.act_horizon,):
+            rows = self.executed(rows[:, None])[:, 0]
+        expected = (len(cond), len(rows), self.action_dim)
+        if tuple(chunk.shape) != expected or not chunk.isfinite().all():
+            raise ValueError(
+                f"Chunks to invert must be finite and have shape (B, T, A) = {expected}, or be their executed part, found "
+                f"{tuple(chunk.shape)}"
+            )
+        parts = []
+        for c, part in zip(cond.split(INVERTED_AT_ONCE), chunk.split(INVERTED_AT_ONCE), strict=True):
+            ways = partial(self._generate, c, n=n), partial(self._undo, c, n=n)
+            at_bound = part.sign() * (part.abs() >= 1.0)
+            wanted = self._from_actions(part)
+            parts.append(gauss_newton(*ways, wanted, at_bound, rows, self.pred_horizon, sigma, n_iterations))
+        noise = th.cat(parts)
+        found = self.decode(cond, noise, n)
+        return Inversion(noise, found, root_mean_square(found[:, rows] - chunk), root_mean_square(noise))
 
     def _to_actions(self, x: th.Tensor) -> th.Tensor:
         """From the network's units to actions, clipped; ``imitation_loss`` goes the other way."""
@@ -311,7 +355,7 @@ class FlowPolicy(
         try:
             saved_by = cls
             if folder.is_dir():
-                _check_sha256(folder)
+                check_config(folder, "model.safetensors")
                 saved_by = _saved_by(folder) if cls is FlowPolicy else cls
             flow = super(FlowPolicy, saved_by).from_pretrained(str(pretrained_model_name_or_path), **kwargs)
         except (OSError, HFValidationError) as error:
@@ -322,6 +366,37 @@ class FlowPolicy(
         except Exception as error:  # what a damaged config.json or header raises depends on the byte
             raise ValueError(f"{pretrained_model_name_or_path} does not hold a valid FlowPolicy: {one_line(error)}") from error
         return flow.to(get_device(device)).freeze()
+
+    def about(self) -> About:
+        """What the model card tells of the policy."""
+        name = type(self).__name__
+        imports = f"from sb3_dsrl import make_latent_env\nfrom {type(self).__module__} import {name}"
+        if type(self) is FlowPolicy:
+            imports = "from sb3_dsrl import FlowPolicy, make_latent_env"
+        facts = dict(
+            task=self.env_id or "unknown",
+            observations=f"{self.obs_mode}, {self.obs_shapes}, {self.obs_horizon} frames",
+            control_mode=self.control_mode,
+            pred_horizon=self.pred_horizon,
+            act_horizon=self.act_horizon,
+            action_dim=self.action_dim,
+            num_steps=self.num_steps,
+            network=type(self.net).__name__,
+            parameters=sum(parameter.numel() for parameter in self.parameters()),
+            critic="none" if self.critic is None else f"for gamma {self.gamma}, reward_scale {self.reward_scale}",
+            fingerprint=self.fingerprint(),
+        )
+        text = (
+            "A frozen policy that turns noise into chunks of actions. `sb3_dsrl` steers it: reinforcement learning chooses "
+            "the noise, the weights stay as they are."
+        )
+        load = f"""
+{imports}
+
+flow = {name}.from_pretrained("{{path}}")
+env = make_latent_env("{self.env_id or "MyEnv-v0"}", flow)  # its actions are the flow's noise
+"""
+        return About("Flow policy", text, self.env_id, facts, load)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # What the policy is now, not what it was built with
@@ -338,4 +413,4 @@ class FlowPolicy(
             super()._save_pretrained(save_directory)
         except SafetensorError as error:  # a full disk, say
             raise OSError(f"{save_directory / 'model.safetensors'} cannot be written: {error}") from error
-        self._hub_mixin_config["sha256"] = _sha256(self._hub_mixin_config, save_directory)
+        self._hub_mixin_config["sha256"] = config_sha256(self._hub_mixin_config, save_directory / "model.safetensors")

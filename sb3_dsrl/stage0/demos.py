@@ -209,6 +209,16 @@ def action_windows(demos: Demos, obs_horizon: int, pred_horizon: int) -> tuple[n
     return np.concatenate(obs), np.concatenate(chunks)
 
 
+def played_steps(episode: Episode, ignore_terminations: bool) -> int:
+    """
+    :param episode: the episode
+    :param ignore_terminations: as in ManiSkill: go on after success or failure
+    :return: its env steps up to its first termination, if that counts
+    """
+    ends = np.flatnonzero(episode.terminated)
+    return len(episode) if ignore_terminations or len(ends) == 0 else int(ends[0]) + 1
+
+
 def chunk_transitions(
     demos: Demos,
     obs_horizon: int,
@@ -239,9 +249,8 @@ def chunk_transitions(
                 f"{demos.path}: episode {i} has no 'rewards': record them (of ManiSkill: replay_trajectory --record-rewards) "
                 f"with the reward_mode that stage 2 will use"
             )
-        ends = np.flatnonzero(episode.terminated)
-        length = len(episode) if ignore_terminations or len(ends) == 0 else int(ends[0]) + 1
-        terminal = not ignore_terminations and len(ends) > 0
+        length = played_steps(episode, ignore_terminations)
+        terminal = not ignore_terminations and bool(episode.terminated.any())
         start = np.arange(length)
         stop = np.minimum(start + act_horizon, length)
         steps = start[:, None] + np.arange(act_horizon)

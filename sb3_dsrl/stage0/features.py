@@ -66,19 +66,29 @@ def encode_demos(flow: FlowLike, demos: Demos) -> Demos:
     return replace(demos, episodes=episodes)
 
 
-def demo_transitions(flow: FlowLike, demos: Demos, ignore_terminations: bool | None = None) -> FeatureTransitions:
+def demo_transitions(
+    flow: FlowLike,
+    demos: Demos,
+    ignore_terminations: bool | None = None,
+    gamma: float | None = None,
+    reward_scale: float | None = None,
+) -> FeatureTransitions:
     """
-    Chunk transitions of demos in the flow's features, with its horizons, gamma and reward scale.
+    Chunk transitions of demos in the flow's features, with its horizons.
 
     :param flow: the policy, or its folder
     :param demos: the demos
     :param ignore_terminations: as in ManiSkill; the same as in stage 2. None is
         :func:`~sb3_dsrl.steering.contract.ignores_terminations` of the demos' reward mode
+    :param gamma: discount per env step; None is the flow's
+    :param reward_scale: factor on the rewards; None is the flow's
     :return: the transitions, on the flow's device
     :raises ValueError: if demos and flow do not fit, or the demos hold no rewards
     """
     flow, ignore_terminations = resolve_flow(flow), ignores_terminations(demos.reward_mode, ignore_terminations)
-    raw = chunk_transitions(encode_demos(flow, demos), 1, flow.act_horizon, flow.gamma, ignore_terminations, flow.reward_scale)
+    gamma = flow.gamma if gamma is None else gamma
+    reward_scale = flow.reward_scale if reward_scale is None else reward_scale
+    raw = chunk_transitions(encode_demos(flow, demos), 1, flow.act_horizon, gamma, ignore_terminations, reward_scale)
     columns = (raw.obs[:, 0], raw.chunk, raw.reward, raw.discount, raw.next_obs[:, 0])
     return FeatureTransitions(*map(th.from_numpy, columns)).to(flow.device)
 

@@ -1,4 +1,4 @@
-"""Stage 1 with each weighting: noises that rollouts executed, candidates that the critic scores, or noises of a search."""
+"""Stage 1 with each weighting: noises that rollouts executed, that demos need, that the critic scores, or of a search."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from sb3_dsrl.stage1.aw_mle import FitCallback, Records, fit_policy
 from sb3_dsrl.stage1.candidates import Candidates, FreshCandidates, PooledCandidates, Scorer, WeightedCandidates
 from sb3_dsrl.stage1.executed import ExecutedNoise
 from sb3_dsrl.stage1.gate import Gate
+from sb3_dsrl.stage1.inverted import inverted_noise
 from sb3_dsrl.stage1.searched import BestOnHeldOut, SearchedNoise, held_out_states
-from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, SearchedSettings
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, InvertedSettings, SearchedSettings
 from sb3_dsrl.stage1.target import lent, steering_and_policy
 from sb3_dsrl.stage1.value import fit_value, fit_value_to_returns
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
@@ -76,6 +77,62 @@ def fit_executed(
     with lent(policy, steering.flow.device):
         start = deepcopy(policy.state_dict())
         fit_policy(policy, ExecutedNoise.of(rollouts, steering, settings), settings, records)
+        if gate is not None:
+            gate.decide(policy.eval(), start)
+    return policy
+
+
+def fit_inverted(
+    target: FlowLike | BaseAlgorithm,
+    demos: Demos | str | Path,
+    rollouts: Rollouts | None = None,
+    settings: InvertedSettings | None = None,
+    *,
+    policy_kwargs: dict[str, Any] | None = None,
+    gate: Gate | None = None,
+    callback: FitCallback | None = None,
+    callback_freq: int = 100,
+    log_interval: int = 100,
+    seed: int | None = None,
+    tensorboard_log: str | Path | None = None,
+    progress_bar: bool = False,
+    checkpoint: TrainingCheckpoint | None = None,
+) -> LatentPolicy:
+    """
+    Stage 1 from the noises that demos need: each chunk of a demo is inverted (:meth:`FlowPolicy.invert
+    <sb3_dsrl.FlowPolicy.invert>`), and its noise is weighted by its advantage, as :func:`fit_executed` does. With rollouts,
+    their noises are learned as well, and the value that advantages refer to knows both.
+
+    :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
+        place)
+    :param demos: demos with rewards, or the path of an ``.h5`` file
+    :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`, or None
+    :param settings: None is the recommended ones
+    :param policy_kwargs: see :func:`fit_executed`, as all that follow
+    :param gate: tests the result
+    :param callback: called with the number of iterations that are done and the policy
+    :param callback_freq: iterations between two calls
+    :param log_interval: iterations between two records in TensorBoard
+    :param seed: seeds torch's global generator
+    :param tensorboard_log: folder for TensorBoard, or None
+    :param progress_bar: show a progress bar
+    :param checkpoint: keeps the state of the training on disk
+    :return: the trained policy, in evaluation mode
+    :raises ValueError: if demos, rollouts and flow do not fit each other, the demos hold no rewards, not all of the noise is
+        steered, or the flow makes none of the demos' chunks
+    """
+    settings = InvertedSettings() if settings is None else settings
+    records = Records(tensorboard_log, progress_bar, checkpoint, callback, callback_freq, log_interval)
+    if seed is not None:
+        th.manual_seed(seed)
+    steering, policy = steering_and_policy(target, rollouts, policy_kwargs)
+    demos = demos if isinstance(demos, Demos) else load_demos(demos)
+    check_demos_fit(steering.flow, demos)
+    of_demos = replace(steering.contract, reward_mode=demos.reward_mode)
+    check_agreement("rollouts" if rollouts else "env", steering.contract, "demo file", of_demos, ("reward_mode",))
+    with lent(policy, steering.flow.device):
+        start = deepcopy(policy.state_dict())
+        fit_policy(policy, inverted_noise(demos, rollouts, steering, settings, progress_bar), settings, records)
         if gate is not None:
             gate.decide(policy.eval(), start)
     return policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 
@@ -13,13 +13,13 @@ from sb3_dsrl.evaluation.search_result import SearchResult
 from sb3_dsrl.policies.loading import FlowLike
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage1.aw_mle import FitCallback
-from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_searched
+from sb3_dsrl.stage1.fit import fit_candidates, fit_executed, fit_inverted, fit_searched
 from sb3_dsrl.stage1.gate import Gate
-from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, FitSettings, SearchedSettings
+from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, FitSettings, InvertedSettings, SearchedSettings
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
-Weighting = Literal["auto", "candidates", "executed"]
+Weighting = Literal["auto", "candidates", "executed", "inverted"]
 Settings = TypeVar("Settings", bound=FitSettings)
 
 
@@ -45,15 +45,17 @@ def pretrain_latent(
     Stage 1: trains a latent policy offline, before PPO or into a model that exists.
 
     With ``weighting="executed"`` this is :func:`fit_executed`: the noises of rollouts, weighted by their advantages. With
-    ``weighting="candidates"`` it is :func:`fit_candidates`: noises in the states of demos and rollouts, weighted by the
-    critic. With ``search`` it is :func:`fit_searched`: noises that were tried in the simulator, weighted by what followed.
+    ``weighting="inverted"`` it is :func:`fit_inverted`: the noises that demos need, and those of rollouts, weighted by their
+    advantages. With ``weighting="candidates"`` it is :func:`fit_candidates`: noises in the states of demos and rollouts,
+    weighted by the critic. With ``search`` it is :func:`fit_searched`: noises that were tried in the simulator, weighted by
+    what followed.
 
     Where the env has a residual, the noise alone is trained: the residual's outputs stay as they are, so those of a new
     policy keep their mean of 0.
 
     :param target: a flow or its folder (returns a new policy), or a model with "LatentPolicy" on a steered env (trained in
         place)
-    :param demos: demos, or the path of an ``.h5`` file; for candidates only
+    :param demos: demos, or the path of an ``.h5`` file; not for "executed"
     :param rollouts: from :func:`~sb3_dsrl.collect_rollouts`
     :param search: from :func:`~sb3_dsrl.search_noise`; it is then all that stage 1 learns from
     :param weighting: see above; "auto" takes "executed" where there are rollouts
@@ -68,8 +70,8 @@ def pretrain_latent(
     :param tensorboard_log: folder for TensorBoard, or None
     :param progress_bar: show a progress bar
     :param checkpoint: keeps the state of the training on disk, to resume it; None keeps none
-    :param settings: fields of :class:`ExecutedSettings`, :class:`CandidateSettings` or :class:`SearchedSettings`, such as
-        ``n_iterations``, ``beta`` or ``n_candidates``; None is the recommended value
+    :param settings: fields of :class:`ExecutedSettings`, :class:`InvertedSettings`, :class:`CandidateSettings` or
+        :class:`SearchedSettings`, such as ``n_iterations``, ``beta`` or ``n_candidates``; None is the recommended value
     :return: the trained policy, in evaluation mode
     :raises TypeError: if the target is neither a flow nor a model, or the weighting does not know a setting
     :raises ValueError: if the data is missing, does not fit the flow or is not used by the weighting, or a setting is out of
@@ -79,8 +81,8 @@ def pretrain_latent(
         raise ValueError("pretrain_latent(search=...) learns from the search alone: leave out demos, rollouts and weighting")
     if search is None and demos is None and rollouts is None:
         raise ValueError("pretrain_latent needs demos, rollouts, or both, or a search")
-    if weighting not in ("auto", "candidates", "executed"):
-        raise ValueError(f"weighting must be 'auto', 'candidates' or 'executed', found {weighting!r}")
+    if weighting not in get_args(Weighting):
+        raise ValueError(f"weighting must be 'auto', 'candidates', 'executed' or 'inverted', found {weighting!r}")
     common: dict[str, Any] = dict(
         policy_kwargs=policy_kwargs,
         gate=gate,
@@ -96,12 +98,16 @@ def pretrain_latent(
         return fit_searched(target, search, _settings(SearchedSettings, "searched", settings), **common)
     if weighting == "candidates" or (rollouts is None and weighting == "auto"):
         return fit_candidates(target, demos, rollouts, _settings(CandidateSettings, "candidates", settings), **common)
+    if weighting == "inverted":
+        if demos is None:
+            raise ValueError("weighting='inverted' weighs the noises that demos need, but no demos were given")
+        return fit_inverted(target, demos, rollouts, _settings(InvertedSettings, "inverted", settings), **common)
     if rollouts is None:
         raise ValueError("weighting='executed' weighs the noises of rollouts, but no rollouts were given")
     if demos is not None:
         raise ValueError(
             "weighting='executed' learns from rollouts alone, but demos were given, too: leave them out, or use both with "
-            "weighting='candidates'"
+            "weighting='candidates' or 'inverted'"
         )
     return fit_executed(target, rollouts, _settings(ExecutedSettings, "executed", settings), **common)
 

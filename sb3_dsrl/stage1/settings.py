@@ -75,6 +75,22 @@ class ExecutedSettings(FitSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InvertedSettings(ExecutedSettings):
+    """
+    Of :func:`~sb3_dsrl.fit_inverted`: what :class:`ExecutedSettings` has, with the same values.
+
+    :param tolerance: a chunk of a demo that no noise makes more exactly than this has no weight: root mean square difference
+        of the actions, in standard deviations of the demos' actions
+    """
+
+    tolerance: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("tolerance")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CandidateSettings(FitSettings):
     """
     Of :func:`~sb3_dsrl.fit_candidates`: 2,000 iterations, beta 1 and kl_coef 0.001, beside what all settings have.

@@ -66,7 +66,9 @@ def steering_and_policy(
     if policy_kwargs is not None:
         raise ValueError("policy_kwargs describe a new policy, but a model was given; pass them to the model")
     if not isinstance(target.policy, LatentPolicy):
-        raise ValueError(f"Stage 1 expects a model with 'LatentPolicy', found {type(target.policy).__name__}")
+        raise ValueError(
+            f"Stage 1 expects a model with 'LatentPolicy', found {type(target.policy).__name__}: use PPO, A2C or TRPO"
+        )
     env = target.get_env()
     if env is None:
         raise ValueError("Stage 1 needs the model's env to find the flow: call model.set_env(env) first")

@@ -308,7 +308,9 @@ class LatentPolicy(ActorCriticPolicy):
         """
         target = model.policy
         if not isinstance(target, LatentPolicy):
-            raise ValueError(f"copy_into expects a model with 'LatentPolicy', found {type(target).__name__}")
+            raise ValueError(
+                f"copy_into expects a model with 'LatentPolicy', found {type(target).__name__}: use PPO, A2C or TRPO"
+            )
         if self.contract is not None and target.contract is not None:
             check_agreement("policy", self.contract, "model's env", target.contract, (*PLAYING, "gamma"))
         for name, expected, found in (

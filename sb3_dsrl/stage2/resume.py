@@ -1,4 +1,4 @@
-"""Stage 2 that survives: checkpoints of a stock on-policy algorithm while it learns, and going on from them."""
+"""Stage 2 that survives: checkpoints of an algorithm while it learns, and going on from them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import TensorBoardOutputFormat
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from sb3_dsrl.stage2.replay_file import add_replay, checked_buffer, cut_episodes, read_replay
 from sb3_dsrl.utils.checkpoint import atomic_file, newest_readable, rng_state, set_rng_state
 from sb3_dsrl.utils.interrupt import StopSignals
 
-Algorithm = TypeVar("Algorithm", bound=OnPolicyAlgorithm)
+Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
 #: The attribute of a model that carries the rest of the state into SB3's zip and out of it.
 STATE = "training_state"
@@ -48,10 +50,10 @@ def resume(algorithm: type[Algorithm], path: str | Path, env: gym.Env | VecEnv, 
 
     Like all of SB3's zips it contains pickles: load your own only.
 
-    :param algorithm: PPO, A2C or TRPO
+    :param algorithm: PPO, A2C, TRPO, :class:`~sb3_dsrl.LatentSAC`, SAC or TQC
     :param path: of the checkpoint
     :param env: steered env, made as the one before
-    :param kwargs: further arguments of ``algorithm.load``
+    :param kwargs: further arguments of ``algorithm.load``, such as the ``demos`` of LatentSAC
     :raises ValueError: if no file can be read, env and model do not fit, or the file is a model and nothing more
     """
     found = newest_readable(Path(path))
@@ -60,13 +62,16 @@ def resume(algorithm: type[Algorithm], path: str | Path, env: gym.Env | VecEnv, 
     model = algorithm.load(found, env=env, **kwargs)  # type: ignore[arg-type]
     if STATE not in vars(model):
         raise ValueError(f"{found} is a model, but not a checkpoint of ResumeCallback: load it with {algorithm.__name__}.load")
+    if isinstance(model, OffPolicyAlgorithm):
+        read_replay(found, checked_buffer(model))
     return model
 
 
 class ResumeCallback(BaseCallback):
     """
     Checkpoints from which :func:`resume` and ``learn`` go on: the model with its optimiser, prior mix and step count, the
-    generators of Python, NumPy and torch, env steps, statistics of ``VecNormalize``, and the state of other callbacks.
+    replay buffer of an off-policy algorithm, the generators of Python, NumPy and torch, env steps, statistics of
+    ``VecNormalize``, and the state of other callbacks.
     They are written between an update and the next rollout, and once more at the end of training: from that one
     :func:`resume` gives the finished model, for which there is nothing left to ``learn``. (List this callback after those
     that it keeps, so that their last state is in it.) Schedules and TensorBoard go on where they were. On SIGINT
@@ -77,8 +82,11 @@ class ResumeCallback(BaseCallback):
     env steps so far. With ``restart_episodes`` an uninterrupted run does the same at every checkpoint, so a run that was
     killed and resumed has bit for bit the parameters of one that was not. (A checkpoint upon SIGINT or SIGTERM, or at the
     end of a training that is prolonged later, comes out of turn: the run goes on as validly, but with other episodes.) For
-    GAE the cut episodes are truncated, as at the end of any rollout; no metric counts them. Without it episodes are cut by
-    a resume only.
+    GAE and in the replay the cut episodes are truncated, as at the end of any rollout; no metric counts them. Without it
+    episodes are cut by a resume only.
+
+    A rollout of an off-policy algorithm is what lies between two calls of ``train``, by default one step of all envs. Its
+    whole replay is part of each checkpoint: with a long one choose ``save_freq`` accordingly.
 
     A simulated scene remembers the contacts of its last episodes in the last bits, so ManiSkill's envs are built anew with
     these resets (``reconfigure``), which takes about 0.4 s an env and checkpoint. Other envs ignore that option.
@@ -121,11 +129,8 @@ class ResumeCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         # Here, not at the start of training: the other callbacks must have their state before they start.
-        if not isinstance(self.model, OnPolicyAlgorithm):
-            raise ValueError(
-                f"ResumeCallback is for PPO, A2C and TRPO, found {type(self.model).__name__}: its replay buffer would be "
-                f"lost; use SB3's CheckpointCallback(save_replay_buffer=True)"
-            )
+        if isinstance(self.model, OffPolicyAlgorithm):
+            checked_buffer(self.model)
         self.save_freq = self.save_freq or 3_000 * self.training_env.num_envs
         self._resumed = vars(self.model).pop(STATE, None)
         if self._resumed is None:
@@ -176,6 +181,8 @@ class ResumeCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         if self._resumed is not None:
             state, self._resumed = self._resumed, None
+            if "action_space" in state:  # SAC and TQC draw their warm-up from it
+                self.model.action_space.np_random.bit_generator.state = state["action_space"]
             self._restart(state["rng"])
             return
         if self._signals.received and not self.env_steps:
@@ -208,6 +215,7 @@ class ResumeCallback(BaseCallback):
             num_timesteps=self.model.num_timesteps,
             env_steps=self.env_steps,
             rng=generators,
+            action_space=self.model.action_space.np_random.bit_generator.state,
             # without norm_obs there are no statistics of observations
             vec_normalize=None if normalize is None else (getattr(normalize, "obs_rms", None), normalize.ret_rms),
             records=[dict(records) for records in self._pending_records()],
@@ -222,6 +230,8 @@ class ResumeCallback(BaseCallback):
         try:
             with atomic_file(self.path, keep_previous=True) as file:
                 self.model.save(file)
+                if isinstance(self.model, OffPolicyAlgorithm):
+                    add_replay(file, checked_buffer(self.model))
         finally:
             del vars(self.model)[STATE]
         return generators
@@ -229,7 +239,10 @@ class ResumeCallback(BaseCallback):
     def _restart(self, generators: dict[str, Any]) -> None:
         """New episodes in all envs, which depend on the seed and the env steps and on nothing else."""
         model, env = self.model, self.training_env
-        assert isinstance(model, OnPolicyAlgorithm)
+        if isinstance(model, OffPolicyAlgorithm):
+            cut_episodes(checked_buffer(model))
+            if model.action_noise is not None:
+                model.action_noise.reset()
         env.seed(int(np.random.SeedSequence([model.seed or 0, self.env_steps]).generate_state(1)[0] >> 1))
         env.set_options(self.reset_options)
         model._last_obs = env.reset()  # type: ignore[assignment]

@@ -20,6 +20,10 @@ ROLLOUT_SIZE = 512
 MIN_STEPS = 16
 N_MINIBATCHES = 4
 MAX_BATCH_SIZE = 4096
+#: Learning rate at the start: SB3's own, or so much over the number of entries of an action, if that is less. An update's KL
+#: divergence is a sum over entries: with 64 of them, at 3e-4, it was 650 where PPO assumes well below 1, and 0.8 of all
+#: ratios were clipped.
+MAX_LR, LR_TIMES_ENTRIES = 3e-4, 3.2e-3
 
 
 def policy_defaults(steer_mode: SteerMode, preset: Preset = "recommended") -> dict[str, Any]:
@@ -49,18 +53,23 @@ def ppo_kwargs(env: gym.Env | VecEnv, preset: Preset = "recommended", **override
     with sizes of rollout and minibatch that fit its number of envs.
 
     :param env: steered env, gym or vectorised
-    :param preset: "recommended", with a learning rate that falls to 0, or "paper"; see :func:`policy_defaults`
+    :param preset: "recommended", with a learning rate that fits the number of entries of an action and falls to 0, or
+        "paper"; see :func:`policy_defaults`
     :param overrides: explicit keywords; they win, and ``policy_kwargs`` are merged. Of ``n_steps`` and ``batch_size`` the one
         that is not given follows the other.
     :return: the keyword arguments
     :raises ValueError: if the env is not steered or the preset is unknown
     """
-    contract = find_steering(env).contract
+    steering = find_steering(env)
+    contract = steering.contract
     policy_kwargs = policy_defaults(contract.steer_mode, preset) | overrides.pop("policy_kwargs", {})
+    lr: float | LinearSchedule = MAX_LR
+    if preset == "recommended":
+        lr = LinearSchedule(min(MAX_LR, LR_TIMES_ENTRIES / math.prod(steering.action_space.shape)), 0.0, 1.0)
     kwargs: dict[str, Any] = dict(
         gamma=contract.macro_gamma,
         n_epochs=10,
-        learning_rate=LinearSchedule(3e-4, 0.0, 1.0) if preset == "recommended" else 3e-4,
+        learning_rate=lr,
         clip_range=0.2,
         ent_coef=1e-3,
     )

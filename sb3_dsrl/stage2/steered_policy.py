@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_dsrl.policies.flow import FlowPolicy
@@ -27,6 +25,7 @@ from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.steering.steering import Steering, to_numpy
 from sb3_dsrl.steering.vec_env import find_steering
+from sb3_dsrl.utils.hub import About, HubModel, find_folder
 from sb3_dsrl.utils.integrity import one_line
 from sb3_dsrl.utils.observations import map_frames, stack_frames
 
@@ -34,7 +33,7 @@ from sb3_dsrl.utils.observations import map_frames, stack_frames
 CONFIG, FLOW, LATENT = "config.json", "flow", "latent.safetensors"
 
 
-class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "reinforcement-learning", "flow-matching"]):
+class SteeredPolicy(HubModel, library_name="sb3_dsrl", tags=["robotics", "reinforcement-learning", "flow-matching"]):
     """
     A flow together with the latent policy that chooses its noise: observations in, action chunks out, as they were trained::
 
@@ -79,7 +78,9 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         """
         policy, env = model.policy, model.get_env()
         if not isinstance(policy, LatentPolicy):
-            raise ValueError(f"SteeredPolicy.of expects a model with 'LatentPolicy', found {type(policy).__name__}")
+            raise ValueError(
+                f"SteeredPolicy.of expects a model with 'LatentPolicy', found {type(policy).__name__}: use PPO, A2C or TRPO"
+            )
         if env is None:
             raise ValueError("The model has no env, and its env holds the flow: pass env= to load, or call set_env")
         steering, normalize = find_steering(env), model.get_vec_normalize_env()
@@ -195,6 +196,30 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         with _whole_folder(folder) as partial:
             return super().save_pretrained(partial, repo_id=repo_id or folder.name, **kwargs)
 
+    def about(self) -> About:
+        """What the model card tells of the policy."""
+        flow = self.flow
+        facts = dict(
+            task=flow.env_id or "unknown",
+            observations=f"{flow.obs_mode}, {flow.obs_shapes}, {flow.obs_horizon} frames",
+            control_mode=flow.control_mode,
+            action_dim=flow.action_dim,
+            pred_horizon=flow.pred_horizon,
+            **self.contract.as_dict(),
+        )
+        text = (
+            "A frozen flow policy, and a latent policy that chooses its noise: observations in, actions in [-1, 1] out. It "
+            "was trained with `sb3_dsrl`."
+        )
+        load = """
+from sb3_dsrl import SteeredPolicy
+
+policy = SteeredPolicy.from_pretrained("{path}")
+policy.reset()                      # an episode begins
+action = policy.select_action(obs)  # once an env step; obs is the newest frame
+"""
+        return About("Steered flow policy", text, flow.env_id, facts, load)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self.flow, FlowPolicy)
         self.flow.save_pretrained(save_directory / FLOW)
@@ -217,20 +242,8 @@ class SteeredPolicy(ModelHubMixin, library_name="sb3_dsrl", tags=["robotics", "r
         :raises FileNotFoundError: if there is no such folder or repository, or a file is missing
         :raises ValueError: if files are damaged or do not fit each other
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            try:
-                folder = Path(snapshot_download(str(pretrained_model_name_or_path), **kwargs))
-            except (OSError, HFValidationError) as error:
-                raise FileNotFoundError(
-                    f"{pretrained_model_name_or_path} is neither a folder written by SteeredPolicy.save_pretrained nor a "
-                    f"repository of the Hugging Face hub that can be reached from here"
-                ) from error
-        for name in (CONFIG, FLOW, LATENT):
-            if not (folder / name).exists():
-                raise FileNotFoundError(
-                    f"{folder} holds no {name}: expected a folder written by SteeredPolicy.save_pretrained"
-                )
+        names = (CONFIG, FLOW, LATENT)
+        folder = find_folder(pretrained_model_name_or_path, names, "SteeredPolicy.save_pretrained", **kwargs)
         flow = FlowPolicy.from_pretrained(folder / FLOW, device=device)
         latent = LatentPolicy.load(folder / LATENT, device)
         try:

@@ -121,6 +121,30 @@ class Steering:
                 if not values.isfinite().all():
                     raise ValueError(f"The {part} is NaN or infinite: the policy that chose it has diverged")
             raise ValueError("The flow decodes finite noise to NaN or infinite values: its weights are damaged")
+        return self._corrected(chunk, residual)
+
+    def differentiable_chunk(self, cond: th.Tensor, action: th.Tensor, num_steps: int | None = None) -> th.Tensor:
+        """
+        :meth:`chunk` with a gradient with respect to the action, for losses; nothing is checked but that there is one. The
+        unsteered tail of the noise is drawn from torch's global generator.
+
+        :param cond: features, (B, C), on the flow's device
+        :param action: noise and residual, (B, ...) as in :meth:`chunk`, on the flow's device
+        :param num_steps: decoding steps; None are those that are played
+        :return: (B, H, A)
+        :raises ValueError: if the flow decodes without a gradient
+        """
+        steered, residual = self.action_space.split(action)
+        noise = self.full_noise(steered, th.default_generator)
+        decoded = self.flow.decode(cond, noise, self.contract.num_steps if num_steps is None else num_steps)
+        if th.is_grad_enabled() and noise.requires_grad and not decoded.requires_grad:
+            raise ValueError(
+                f"{type(self.flow).__name__}.decode gives no gradient with respect to the noise, which critic='action' needs: "
+                f"compute it in torch and without no_grad, or use critic='distilled'"
+            )
+        return self._corrected(self.flow.executed(decoded), residual)
+
+    def _corrected(self, chunk: th.Tensor, residual: th.Tensor) -> th.Tensor:
         return clip_actions(chunk + self.contract.residual_scale * residual) if self.contract.residual_scale else chunk
 
     @property
@@ -134,11 +158,12 @@ class Steering:
         """
         return w if w.shape[-2:] == self.action_space.noise_shape else w[..., self.rows, :]
 
-    def full_noise(self, w: th.Tensor) -> th.Tensor:
+    def full_noise(self, w: th.Tensor, generator: th.Generator | None = None) -> th.Tensor:
         """
         Completes steered noise to all T entries, with the prior or by repetition.
 
         :param w: (N, T, A), (N, H, A) or (N, 1, A)
+        :param generator: draws the rest, on the CPU; None is the env's own
         :return: (N, T, A)
         """
         if self.contract.steer_mode == "shared":
@@ -146,7 +171,7 @@ class Steering:
         missing = self.flow.pred_horizon - w.shape[1]
         if missing == 0:
             return w
-        rest = th.randn(len(w), missing, self.flow.action_dim, generator=self._generator).to(w)
+        rest = th.randn(len(w), missing, self.flow.action_dim, generator=generator or self._generator).to(w)
         return th.cat([rest[:, : self.rows.start], w, rest[:, self.rows.start :]], dim=1)
 
     def prior(self, *batch: int, generator: th.Generator | None = None, device: th.device | str = "cpu") -> th.Tensor:

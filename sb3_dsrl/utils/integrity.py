@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,31 @@ def sha256(path: Path, prefix: bytes = b"") -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def config_sha256(config: Mapping[str, Any], weights: Path) -> str:
+    """
+    Of configuration and weights together: safetensors files have no checksum, and every key of the first matters, too.
+
+    :param config: what ``config.json`` holds, with or without its key "sha256"
+    :param weights: file beside it
+    """
+    known = {key: value for key, value in config.items() if key != "sha256"}
+    return sha256(weights, json.dumps(known, sort_keys=True).encode())
+
+
+def check_config(folder: Path, weights: str) -> None:
+    """
+    :param folder: with a ``config.json``; without a key "sha256" nothing is checked
+    :param weights: name of the file beside it
+    :raises ValueError: if one of the two is not what was saved
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "sha256" in config and config["sha256"] != config_sha256(config, folder / weights):
+        raise ValueError(
+            f"config.json or {weights} is damaged or was changed after it was saved (sha256); if it was changed on purpose, "
+            f"remove the key 'sha256' from config.json"
+        )
 
 
 def write_sums(sums: Path, files: Iterable[Path]) -> None:

@@ -9,12 +9,22 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import PPO, SAC
 
-from sb3_dsrl import ActionChunkWrapper, LatentSteeringWrapper, make_latent_env, ppo_kwargs, search_noise, train_flow
+from sb3_dsrl import (
+    ActionChunkWrapper,
+    LatentSAC,
+    LatentSteeringWrapper,
+    make_latent_env,
+    ppo_kwargs,
+    sac_kwargs,
+    search_noise,
+    train_flow,
+)
 from sb3_dsrl.envs.worker_vec_env import WorkerVecEnv
 from sb3_dsrl.envs.workers import WorkerSettings
 from tests.demo_files import scripted_episode, write_demos
 from tests.envs import RestorableEnv, numbered, scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
+from tests.stage0 import random_demos
 
 Play = Callable[[Path], Any]
 
@@ -60,6 +70,14 @@ def sac_on_unbounded_noise(folder: Path) -> None:
     SAC("MlpPolicy", LatentSteeringWrapper(scripted(), tiny_flow(), noise_bound=np.inf))
 
 
+def latent_sac(**kwargs: Any) -> Play:
+    def play(folder: Path) -> None:
+        env = vec_steered(tiny_flow(), [scripted()])
+        LatentSAC("LatentPolicy", env, **sac_kwargs(env, **(dict(buffer_size=10) | kwargs)))
+
+    return play
+
+
 CASES = [
     Case("act_horizon > pred_horizon", lambda folder: tiny_flow(act_horizon=5), r"act_horizon must lie in 1..4 \(pred_hor"),
     Case(
@@ -83,6 +101,13 @@ CASES = [
         Case(f"residual_scale {scale}", steered(residual_scale=scale), rf"residual_scale must be 0 or .*, found {scale}")
         for scale in (-0.1, float("nan"), float("inf"))
     ),
+    Case("unknown critic of LatentSAC", latent_sac(critic="q"), "critic must be one of 'noise', 'action', 'distilled'"),
+    Case(
+        "demos for a critic on noise",
+        latent_sac(critic="noise", demos=random_demos()),
+        "demos hold actions, not the noise that leads to them",
+    ),
+    Case("bound of a fixed alpha", latent_sac(max_ent_coef=0.1), "max_ent_coef bounds an ent_coef of 'auto', but it is fixed"),
     Case("SAC on unbounded noise", sac_on_unbounded_noise, "noise_bound must be positive and finite, found inf"),
     Case(
         "env with an unbounded action space",

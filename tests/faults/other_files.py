@@ -5,13 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
 from safetensors.torch import save_file
 from stable_baselines3 import PPO
 
-from sb3_dsrl import LatentPolicy, ppo_kwargs
+from sb3_dsrl import LatentPolicy, Ticket, ppo_kwargs
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
 from sb3_dsrl.stage2.policy_file import read_policy_file, write_policy_file
+from sb3_dsrl.steering.contract import Contract
 from sb3_dsrl.utils.integrity import check_zip
 from tests.envs import scripted, tiny_flow, vec_steered
 from tests.faults.case import Case
@@ -137,7 +139,16 @@ class UnknownOptimizer(th.optim.Adam):
     """An optimiser that only this file knows."""
 
 
+def ticket(folder: Path) -> None:
+    """A golden ticket whose noise was changed."""
+    w = np.zeros((4, 2), np.float32)
+    Ticket(w, 1.0, 1.0, 1, 1, np.ones((1, 1)), Contract("0123", 3, 0.99)).save_pretrained(folder)
+    flip(folder / "ticket.safetensors", -1)
+    Ticket.from_pretrained(folder)
+
+
 CASES = [
+    Case("ticket: bit flipped", ticket, "does not hold a valid Ticket: config.json or ticket.safetensors is damaged"),
     Case("agent: no file", agent_file(Path.unlink), "agent.pt does not exist; expected an AWSh", FileNotFoundError),
     Case("agent: empty file", agent_file(lambda path: path.write_bytes(b"")), "agent.pt" + NO_CHECKPOINT),
     Case("agent: text", agent_file(lambda path: path.write_text("not a checkpoint")), "agent.pt" + NO_CHECKPOINT),

@@ -15,12 +15,12 @@ from typing import Any
 import torch as th
 
 from sb3_dsrl.policies.decoding.choice import choose
-from sb3_dsrl.policies.decoding.loop import Integrate, integrate_plainly, walk
+from sb3_dsrl.policies.decoding.loop import Integrate, integrate_plainly, walk, walk_back
 from sb3_dsrl.policies.decoding.mlp import mlp_velocity
 from sb3_dsrl.policies.decoding.unet import BLOCK_SIZE, PATHS
 from sb3_dsrl.policies.networks import VelocityMLP, VelocityNet, VelocityUNet
 
-__all__ = ["Integrate", "accelerated", "integrate"]
+__all__ = ["Integrate", "accelerated", "integrate", "walk_back"]
 
 
 def integrate(velocity: VelocityNet, cond: th.Tensor, w: th.Tensor, num_steps: int) -> th.Tensor:

@@ -46,6 +46,26 @@ def integrate_plainly(velocity: VelocityNet, cond: th.Tensor, w: th.Tensor, num_
     return walk(at, w, num_steps)
 
 
+def walk_back(velocity: VelocityNet, cond: th.Tensor, x: th.Tensor, num_steps: int, n_iterations: int = 3) -> th.Tensor:
+    """
+    From chunk to about its noise: each step is undone by a fixed-point iteration, which converges where a step does not bring
+    all noises together.
+
+    :param velocity: the velocity field
+    :param cond: (B, C)
+    :param x: chunks, (B, T, A)
+    :param num_steps: of the decode
+    :param n_iterations: for each step, after the first guess
+    :return: noises, (B, T, A)
+    """
+    d = x.new_full((len(x),), 1.0 / num_steps)
+    for i in reversed(range(num_steps)):
+        after = x
+        for _ in range(1 + n_iterations):
+            x = after - velocity(x, d * i, d, cond) / num_steps
+    return x
+
+
 def step_times(num_steps: int, like: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     :param num_steps: n

@@ -3,7 +3,7 @@
 import numpy as np
 import sapien
 
-from experts.expert import CLOSED, OPEN, Expert, Goal, Style, up
+from sb3_dsrl.experts.expert import CLOSED, OPEN, Expert, Goal, Style, up
 
 NEAR = 0.012  # m from the grasp: the fingers may close
 BEFORE = 0.005  # m between head and mouth of the hole while the peg is brought in line

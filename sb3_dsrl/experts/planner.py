@@ -17,8 +17,8 @@ import numpy as np
 import sapien
 from transforms3d.euler import quat2euler
 
-from experts.recipe import ARM_JOINTS, Attempt, DemoRecipe, smooth_noise
-from experts.recording import make_recorded_env
+from sb3_dsrl.experts.recipe import ARM_JOINTS, Attempt, DemoRecipe, smooth_noise
+from sb3_dsrl.experts.recording import make_recorded_env
 
 CONTROL_MODES: tuple[str, ...] = ("pd_ee_delta_pose", "pd_joint_delta_pos", "pd_joint_pos")
 MOVED = 1e-5  # rad: a joint target that changes by less stands still

@@ -3,7 +3,7 @@
 import numpy as np
 import sapien
 
-from experts.expert import CLOSED, Expert, Goal, Style
+from sb3_dsrl.experts.expert import CLOSED, Expert, Goal, Style
 
 BEHIND = 0.035  # m from the centre of the cube to the closed fingers that push it
 AHEAD = 0.03  # m that the fingers aim at ahead of themselves; less in the end, or the cube would slide on

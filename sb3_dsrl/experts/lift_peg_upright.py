@@ -3,7 +3,7 @@
 import numpy as np
 import sapien
 
-from experts.expert import OPEN, Expert, Goal, Style
+from sb3_dsrl.experts.expert import OPEN, Expert, Goal, Style
 
 NEAR = 0.012  # m from the grasp: the fingers may close
 LOOSE = 0.0  # gripper action that lifts the peg, but lets it turn

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from experts import EXPERTS
-from experts.recipe import Attempt, DemoRecipe, smooth_noise
-from experts.recording import make_recorded_env
-from experts.servo import Servo
+from sb3_dsrl.experts import EXPERTS
+from sb3_dsrl.experts.recipe import Attempt, DemoRecipe, smooth_noise
+from sb3_dsrl.experts.recording import make_recorded_env
+from sb3_dsrl.experts.servo import Servo
 
 
 class Scripted:

@@ -87,6 +87,15 @@ class Expert:
         bend = self.style.side * np.clip((beside - 0.03) / 0.1, 0.0, 1.0)
         return sapien.Pose(grasp.p + up(height) + bend * left, grasp.q)
 
+    def carried(self, off: np.ndarray) -> sapien.Pose:
+        """
+        A pose of the tcp for carrying something, pointing straight down: an orientation that is only kept as it is drifts.
+
+        :param off: m by which the tcp moves, (3,)
+        """
+        tcp = self.tcp
+        return self.grasp_from_above(tcp.p + off, tcp.to_transformation_matrix()[:3, 1])
+
     def grasp_from_above(self, center: np.ndarray, closing: np.ndarray, quarters: bool = False) -> sapien.Pose:
         """
         A pose of the tcp that points down, turned as little as possible from where it is.

@@ -3,7 +3,7 @@
 import numpy as np
 import sapien
 
-from experts.expert import CLOSED, OPEN, Expert, Goal, Style, level_axis, up
+from sb3_dsrl.experts.expert import CLOSED, OPEN, Expert, Goal, Style, level_axis, up
 
 NEAR = 0.012  # m from the centre of the cube: the fingers may close
 SIZE = 0.04  # m, of both cubes

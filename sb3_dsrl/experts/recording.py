@@ -14,9 +14,9 @@ from mani_skill.utils import gym_utils
 from mani_skill.utils.wrappers import CPUGymWrapper
 from mani_skill.utils.wrappers.record import parse_env_info
 
-from experts.recipe import Attempt, DemoRecipe
 from sb3_dsrl.envs.fast import make_fast, wants_fast
 from sb3_dsrl.envs.state_layout import layout_of
+from sb3_dsrl.experts.recipe import Attempt, DemoRecipe
 
 
 def make_recorded_env(recipe: DemoRecipe) -> Recorder:

@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import torch as th
 
-from experts.recipe import Attempt, Demonstrator, DemoRecipe
+from sb3_dsrl.experts.recipe import Attempt, Demonstrator, DemoRecipe
 from sb3_dsrl.utils.checkpoint import atomic_file
 
 #: Attempts that are made one after the other in a scene that was built for them. PhysX keeps caches over resets, so that an
@@ -56,10 +56,10 @@ def make_demonstrator(recipe: DemoRecipe) -> Demonstrator:
     """
     th.set_num_threads(1)  # one small env: more threads only wait for each other
     if recipe.expert == "scripted":
-        from experts.scripted import Scripted
+        from sb3_dsrl.experts.scripted import Scripted
 
         return Scripted(recipe)
-    from experts.planner import Planned
+    from sb3_dsrl.experts.planner import Planned
 
     return Planned(recipe)
 

@@ -1,9 +1,8 @@
 """PickCube-v1: grasp the cube from above and carry it to the goal."""
 
 import numpy as np
-import sapien
 
-from experts.expert import CLOSED, OPEN, Expert, Goal, Style, level_axis, up
+from sb3_dsrl.experts.expert import CLOSED, OPEN, Expert, Goal, Style, level_axis, up
 
 NEAR = 0.012  # m from the centre of the cube: the fingers may close
 CARRY_HEIGHT = 0.05  # m: a cube that is carried sideways stays above this
@@ -27,7 +26,7 @@ class PickCube(Expert):
             sideways = float(np.hypot(off[0], off[1]))
             lowest = min(CARRY_HEIGHT, 2.0 * sideways) + self.style.height * min(1.0, 10 * sideways)
             off[2] = max(off[2], lowest - cube.p[2]) if lowest > 0.02 else off[2]
-            return Goal(sapien.Pose(tcp.p + off, tcp.q), CLOSED)
+            return Goal(self.carried(off), CLOSED)
         grasp = self.grasp_from_above(cube.p + up(self.style.along), level_axis(cube), quarters=True)
         if np.linalg.norm(tcp.p - grasp.p) < NEAR:
             return Goal(grasp, CLOSED)

@@ -1,4 +1,4 @@
-"""What the scripts of the three stages share: flags, the run folder, and how a flow is found."""
+"""What the commands share: flags, the run folder, and how a flow is found."""
 
 import json
 import resource
@@ -149,7 +149,7 @@ class FlowArgs(SteeringArgs):
     """Flags of every script that starts from a flow."""
 
     awsc_checkpoint: Path
-    """The flow: a folder written by train_flow.py, or a .pt file of AWShortCutFlowAgent. What such a file does not tell is
+    """The flow: a folder written by stage 0, or a .pt file of AWShortCutFlowAgent. What such a file does not tell is
     taken from the flags, or else from the defaults of its authors' scripts."""
 
 

@@ -2,13 +2,20 @@ SEED ?= 0
 MINUTES ?= 30
 PY := .venv/bin/python
 STAMP := .venv/.installed
+PY_LEROBOT := .venv-lerobot/bin/python
+STAMP_LEROBOT := .venv-lerobot/.installed
 
+<<<<<<< HEAD
 .PHONY: help setup demo bench test test-zoo identity faults soak check format docs docs-links notebook .docs-tools clean
+=======
+.PHONY: help setup demo bench test test-lerobot test-zoo identity faults soak check format clean
+>>>>>>> main
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
 	@echo "make bench           speed against plain versions of the same; figures in runs/bench"
 	@echo "make test            run the tests"
+	@echo "make test-lerobot    run the tests that need LeRobot, in .venv-lerobot"
 	@echo "make test-zoo        run the tests that need rl-zoo3, in .venv-zoo"
 	@echo "make identity        the fast simulator against ManiSkill's own, bit for bit, on every task that builds"
 	@echo "make faults          break everything that can break, and print what comes of it"
@@ -33,6 +40,9 @@ bench: setup
 
 test: setup
 	$(PY) -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
+
+test-lerobot: $(STAMP_LEROBOT)
+	OMP_NUM_THREADS=1 $(PY_LEROBOT) -m pytest -q tests/lerobot
 
 # An environment over .venv, whose packages it sees, with rl-zoo3 and what that needs in other versions.
 test-zoo: setup
@@ -80,6 +90,13 @@ clean:
 ifneq ($(shell $(PY) -V >/dev/null 2>&1 && cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
-$(STAMP): pyproject.toml constraints.txt .ci/setup.sh
+$(STAMP): pyproject.toml constraints.txt .ci/setup.sh .ci/venv.sh
 	.ci/setup.sh
+	@echo "$(CURDIR)" > $@
+
+ifneq ($(shell $(PY_LEROBOT) -V >/dev/null 2>&1 && cat $(STAMP_LEROBOT) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP_LEROBOT)
+endif
+$(STAMP_LEROBOT): pyproject.toml constraints-lerobot.txt .ci/setup-lerobot.sh .ci/venv.sh
+	.ci/setup-lerobot.sh
 	@echo "$(CURDIR)" > $@

@@ -8,32 +8,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv_python=.venv/bin/python
 
-say() { echo "setup: $*" >&2; }
-fail() { say "$@"; exit 1; }
+. .ci/venv.sh
 
 # ---- 1. Python and .venv ---------------------------------------------------------------------------------------
-python_fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; }
-
-find_python() {
-    local candidate candidates=${PYTHON:-python3 python3.12 python3.11 python3.10}
-    for candidate in $candidates; do
-        if python_fits "$candidate"; then
-            echo "$candidate"
-            return
-        fi
-    done
-    fail "sb3_dsrl needs Python 3.10, 3.11 or 3.12, and none of these is one: $candidates;" \
-        "install it and run: make setup PYTHON=/path/to/python"
-}
-
-# A .venv without a working pip is half-made: make it anew.
-if ! { python_fits "$venv_python" && "$venv_python" -m pip --version >/dev/null 2>&1; }; then
-    python=$(find_python)
-    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
-        fail "$python cannot create virtual environments; install the missing module: apt-get install python3-venv"
-    say "creating .venv with $("$python" -V)"
-    "$python" -m venv --clear .venv
-fi
+make_venv .venv
 
 # ---- 2. Packages -----------------------------------------------------------------------------------------------
 say "installing sb3_dsrl and its dependencies (the first time takes some minutes)"

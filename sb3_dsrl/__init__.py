@@ -11,9 +11,12 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 import sb3_dsrl.envs  # noqa: F401  steered envs recognise ManiSkill's
+from sb3_dsrl.auto.improve import improve
+from sb3_dsrl.auto.report import ImproveReport
 from sb3_dsrl.envs.factory import make_chunk_env, make_latent_env
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.evaluation.best_of import BestOfM
+from sb3_dsrl.evaluation.choice import PolicyChoice, choose_policy
 from sb3_dsrl.evaluation.play import evaluate
 from sb3_dsrl.evaluation.residual import without_residual
 from sb3_dsrl.evaluation.results import EvalResult, results_table
@@ -22,12 +25,14 @@ from sb3_dsrl.evaluation.search import NoiseSearch, search_noise
 from sb3_dsrl.evaluation.search_result import SearchResult
 from sb3_dsrl.evaluation.steerability import steerability
 from sb3_dsrl.evaluation.steerability_report import SteerabilityReport
+from sb3_dsrl.evaluation.ticket_bandit import TicketBandit, find_ticket_bandit
 from sb3_dsrl.evaluation.tickets import Ticket, find_ticket
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.policies.encoders import ImageEncoder, StateEncoder
 from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.inversion import Inversion
+from sb3_dsrl.policies.lerobot import LeRobotPolicy
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
@@ -45,14 +50,18 @@ from sb3_dsrl.stage1.pretrain import pretrain_latent
 from sb3_dsrl.stage1.settings import CandidateSettings, ExecutedSettings, InvertedSettings, SearchedSettings
 from sb3_dsrl.stage2.bootstrap import ExactBootstrap
 from sb3_dsrl.stage2.callbacks import SuccessEvalCallback
+from sb3_dsrl.stage2.correlation import CorrelatedRolloutBuffer
 from sb3_dsrl.stage2.gamma_check import install_gamma_check
+from sb3_dsrl.stage2.keep_best import KeepBest
 from sb3_dsrl.stage2.latent_critics import ActionCritic, DistilledCritic, NoiseCritic
 from sb3_dsrl.stage2.latent_policy import LatentPolicy
 from sb3_dsrl.stage2.latent_sac import LatentSAC
 from sb3_dsrl.stage2.resume import ResumeCallback, resume
 from sb3_dsrl.stage2.sac_settings import sac_kwargs
 from sb3_dsrl.stage2.settings import policy_defaults, ppo_kwargs
+from sb3_dsrl.stage2.start import start_around
 from sb3_dsrl.stage2.steered_policy import SteeredPolicy
+from sb3_dsrl.stage2.value_warmup import ValueWarmup
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
 from sb3_dsrl.steering.noise_space import NoiseSpace
@@ -75,6 +84,7 @@ __all__ = [
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
+    "CorrelatedRolloutBuffer",
     "Demos",
     "DistilledCritic",
     "EnsembleChunkCritic",
@@ -85,16 +95,20 @@ __all__ = [
     "Gate",
     "ImageEncoder",
     "ImageTraining",
+    "ImproveReport",
+    "KeepBest",
     "Inversion",
     "InvertedSettings",
     "LatentPolicy",
     "LatentSAC",
     "LatentSteeringWrapper",
+    "LeRobotPolicy",
     "SteerablePolicy",
     "SteeredPolicy",
     "NoiseCritic",
     "NoiseSearch",
     "NoiseSpace",
+    "PolicyChoice",
     "ResumeCallback",
     "Rollouts",
     "SearchResult",
@@ -103,23 +117,28 @@ __all__ = [
     "SteerabilityReport",
     "SuccessEvalCallback",
     "Ticket",
+    "TicketBandit",
     "TrainingCheckpoint",
     "Validation",
+    "ValueWarmup",
     "VecLatentSteering",
     "VelocityMLP",
     "VelocityUNet",
     "WorkerSettings",
     "__version__",
     "aw_mle_loss",
+    "choose_policy",
     "collect_rollouts",
     "create_flow",
     "demo_transitions",
     "evaluate",
     "find_ticket",
+    "find_ticket_bandit",
     "fit_candidates",
     "fit_executed",
     "fit_inverted",
     "fit_searched",
+    "improve",
     "load_awsc_checkpoint",
     "load_demos",
     "load_lerobot",
@@ -134,6 +153,7 @@ __all__ = [
     "results_table",
     "search_noise",
     "state_layout",
+    "start_around",
     "steerability",
     "resume",
     "sac_kwargs",

@@ -8,7 +8,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 #: Pages whose Python needs more than a folder with examples and a flow: the test that runs it
-OWN_TESTS = {"bring_your_own.md": "test_bring_your_own.py", "original.md": "test_original.py"}
+OWN_TESTS = {
+    "bring_your_own.md": "test_bring_your_own.py",
+    "lerobot.md": "lerobot/test_pages.py",
+    "original.md": "test_original.py",
+}
 
 
 @dataclass(frozen=True)

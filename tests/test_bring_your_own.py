@@ -1,9 +1,7 @@
 """The page ``docs/bring_your_own.md``: its blocks, and SB3's tools on a Pendulum that a ten-line policy steers."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
@@ -28,9 +26,7 @@ from sb3_dsrl import (
     ppo_kwargs,
     pretrain_latent,
 )
-from tests.envs import ScriptedEnv
 from tests.pages import DOCS, blocks
-from tests.test_lerobot import StandIn
 
 PAGE = DOCS / "bring_your_own.md"
 BLOCKS = [block.text for block in blocks(PAGE, "python")]
@@ -91,20 +87,6 @@ def test_own_env_and_own_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert names["model"].num_timesteps == 1_024 and isinstance(names["model"].policy, LatentPolicy)
     cond, w = th.randn(5, 3), th.randn(5, 7, 4, 1)  # the page's policy is the one of the tests below
     assert (names["Swing"]().decode(cond, w) == Swing().decode(cond, w)).all()
-
-
-def test_lerobot_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the stand-in of tests/test_lerobot.py."""
-    path = "lerobot.policies.diffusion.modeling_diffusion"
-    for name in (path.rsplit(".", i)[0] for i in range(path.count(".") + 1)):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    asked: list[str] = []
-    loader = type("DiffusionPolicy", (), dict(from_pretrained=lambda name: asked.append(name) or StandIn()))
-    monkeypatch.setattr(sys.modules[path], "DiffusionPolicy", loader, raising=False)
-    monkeypatch.setitem(gym.registry, "Mine-v0", gym.envs.registration.EnvSpec("Mine-v0", ScriptedEnv))
-    names = block(1, tmp_path, monkeypatch)
-    assert names["model"].num_timesteps == 512 and asked == ["me/my_policy"]
-    assert isinstance(names["env"].envs[0].get_wrapper_attr("steering").flow.policy, StandIn)
 
 
 def test_demos_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ SCRIPTS = dict(
     steerability="steerability",
     stage1="train_latent_offline",
     stage2="train_latent_online",
+    improve="improve",
     evaluate="evaluate",
 )
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "steerability": "report whether steering can help a flow, before any training",
     "stage1": "train a latent policy offline",
     "stage2": "improve a latent policy in the simulator with PPO",
+    "improve": "all of that within a budget of env steps, and the best of it",
     "evaluate": "evaluate a flow, and what steers it, on the same episodes",
 }
 

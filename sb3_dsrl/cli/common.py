@@ -16,6 +16,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 from torch.utils.tensorboard import SummaryWriter
 
+import sb3_dsrl
 from sb3_dsrl import (
     EvalResult,
     FlowPolicy,
@@ -26,7 +27,6 @@ from sb3_dsrl import (
     evaluate,
     make_latent_env,
     results_table,
-    state_layout,
 )
 from sb3_dsrl.evaluation.play import Actor
 from sb3_dsrl.policies.awsc import load_awsc_checkpoint
@@ -220,6 +220,20 @@ def refuse(given: Mapping[str, object], why: str) -> None:
             raise ValueError(f"--{name} {why}")
 
 
+def env_kwargs(args: RunArgs, flow: SteerablePolicy) -> tuple[str, dict[str, Any]]:
+    """
+    :param args: flags
+    :param flow: the policy that is steered
+    :return: the task, and arguments of ``make_latent_env``, as the flags say
+    :raises ValueError: if nobody says what the task is
+    """
+    env_id = args.env_id or flow.env_id
+    if env_id is None:
+        raise ValueError("The flow does not know its task: pass --env_id")
+    names = ("sim_backend", "reward_mode", "ignore_terminations", "max_episode_steps")
+    return env_id, {name: getattr(args, name) for name in names} | args.steering
+
+
 def make_env(args: RunArgs, flow: SteerablePolicy, n_envs: int, seed: int | None = None, **steering: Any) -> VecLatentSteering:
     """
     Steered envs as the flags say.
@@ -230,20 +244,8 @@ def make_env(args: RunArgs, flow: SteerablePolicy, n_envs: int, seed: int | None
     :param seed: of the envs
     :param steering: arguments of ``make_latent_env`` that do not come from flags
     """
-    env_id = args.env_id or flow.env_id
-    if env_id is None:
-        raise ValueError("The flow does not know its task: pass --env_id")
-    return make_latent_env(
-        env_id,
-        flow,
-        n_envs,
-        sim_backend=args.sim_backend,
-        reward_mode=args.reward_mode,
-        ignore_terminations=args.ignore_terminations,
-        max_episode_steps=args.max_episode_steps,
-        seed=seed,
-        **(args.steering | steering),
-    )
+    env_id, kwargs = env_kwargs(args, flow)
+    return make_latent_env(env_id, flow, n_envs, seed=seed, **(kwargs | steering))
 
 
 class Run:
@@ -376,7 +378,7 @@ def layout_of(demos: Demos) -> StateLayout | None:
     """What the states of demos are made of: as the demos say, or else as the task says; None if they are images."""
     if demos.image_shapes or demos.env_id is None:
         return None
-    return demos.state_layout or state_layout(demos.env_id, demos.control_mode)
+    return demos.state_layout or sb3_dsrl.state_layout(demos.env_id, demos.control_mode)  # ManiSkill is imported here only
 
 
 def cli(main: Callable[[Args], None], args_class: type[Args]) -> NoReturn:

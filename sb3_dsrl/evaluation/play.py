@@ -38,6 +38,14 @@ class HasLatent(Protocol):
         """Maps features to noise."""
 
 
+@runtime_checkable
+class ChoosesAtStart(Protocol):
+    """What decides something for a whole episode, as :class:`~sb3_dsrl.TicketBandit` does."""
+
+    def begin(self, obs: Any, starts: np.ndarray) -> None:
+        """Is told, before each ``predict``, in which envs an episode begins, (N,)."""
+
+
 #: Whatever chooses the noise: a model or a policy; a steered policy, by its latent one; a frozen flow, which stands for its
 #: prior; the name of a control, "prior" or "zero"; or one fixed noise, (T, A), (H, A) or (1, A), see ``steer_mode``. What is
 #: not learned plays residual 0, where there is one.
@@ -119,7 +127,10 @@ def play(
         venv.seed(seed)
         obs: Any = map_frames(np.asarray, venv.reset())
         th.manual_seed(noise_seed)
+        starts = np.ones(venv.num_envs, bool)
         while quota.any():
+            if isinstance(actor, ChoosesAtStart):
+                actor.begin(obs, starts)
             w = act(obs)
             next_obs, rewards, dones, infos = venv.step(w)
             failed = np.array([info.get("worker_failed", False) for info in infos])
@@ -128,7 +139,7 @@ def play(
             finished = dones & counts
             bar.update(int(finished.sum()))
             quota = quota - finished
-            obs = map_frames(np.asarray, next_obs)
+            obs, starts = map_frames(np.asarray, next_obs), dones
 
 
 def evaluate(
@@ -155,7 +166,8 @@ def evaluate(
     :param episodes: in all; split evenly over the envs
     :param name: of the result; None takes the control's name or "model"
     :param seed: of the envs
-    :param deterministic: w is the policy's mean; otherwise it is sampled from the policy
+    :param deterministic: w is the policy's mean, except for a :class:`~sb3_dsrl.SteeredPolicy` that is to be sampled;
+        otherwise it is sampled from the policy
     :param progress_bar: show a progress bar
     :param noise_seed: of the noise, for the same episodes under other noise; None is ``seed``
     :return: success with its interval, return and length, the last two in env steps
@@ -244,6 +256,7 @@ def actor_function(actor: Actor, venv: VecEnv, seed: int, deterministic: bool) -
         return lambda obs: fixed
     if isinstance(actor, HasLatent):
         require_raw_features(venv, "A steered policy")
+        deterministic = deterministic and getattr(actor, "deterministic", True)
         actor = actor.latent
     own = getattr(actor, "action_space", None)
     if isinstance(own, NoiseSpace) and isinstance(space, NoiseSpace):

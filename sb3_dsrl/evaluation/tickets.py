@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import tqdm
 
-from sb3_dsrl.evaluation.play import as_vec_env, play, require_success
+from sb3_dsrl.evaluation.outcomes import play_outcomes
+from sb3_dsrl.evaluation.play import as_vec_env
 from sb3_dsrl.steering.contract import PLAYING, Contract, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
 from sb3_dsrl.steering.vec_env import find_steering
@@ -149,7 +150,7 @@ def find_ticket(
         raise ValueError(f"rounds must be (noises, episodes) with no more noises from one to the next, found {rounds}")
     venv = as_vec_env(env)
     steering = find_steering(venv)
-    noises = _draw(steering.action_space, counts[0], include_zero, seed)
+    noises = draw_noises(steering.action_space, counts[0], include_zero, seed)
     tally = _Tally(len(noises))
     order = np.arange(len(noises))
     first_round = np.zeros((0, 0))
@@ -167,7 +168,14 @@ def find_ticket(
     return Ticket(*found, contract=steering.contract, env_id=steering.flow.env_id)
 
 
-def _draw(space: NoiseSpace, n: int, include_zero: bool, seed: int) -> np.ndarray:
+def draw_noises(space: NoiseSpace, n: int, include_zero: bool, seed: int) -> np.ndarray:
+    """
+    :param space: of the env
+    :param n: noises
+    :param include_zero: the first one is w = 0
+    :param seed: of the others, which come from the prior
+    :return: (n, T, A), (n, H, A) or (n, 1, A)
+    """
     noises = np.random.default_rng(seed).standard_normal((n, *space.noise_shape)).astype(np.float32)
     noises = noises.clip(-space.contract.noise_bound, space.contract.noise_bound)
     if include_zero:
@@ -184,17 +192,11 @@ class _Tally:
         self.env_steps = 0
 
     def play(self, j: int, w: np.ndarray, venv: VecEnv, episodes: int, seed: int) -> None:
-        """Plays noise j; its outcomes are in the order of the envs, so that a place stands for the same start in every one."""
-        of_envs: list[list[tuple[float, float]]] = [[] for _ in range(venv.num_envs)]
-        for step in play(w, venv, episodes, seed):
-            require_success(step.infos, "find_ticket")
-            self.env_steps += sum(info["chunk_length"] for info in step.infos)  # those of idle envs, too
-            for i in np.flatnonzero(step.counts & step.dones):
-                info = step.infos[i]
-                of_envs[i].append((float(info["success_at_end"]), float(info["episode_return"])))
-        success, returns = zip(*(outcome for outcomes in of_envs for outcome in outcomes), strict=True)
-        self.success[j] += success
-        self.returns[j] += returns
+        """Plays noise j; a place in its outcomes stands for the same start in those of every noise."""
+        played = play_outcomes(w, venv, episodes, seed, who="find_ticket")
+        self.env_steps += played.env_steps
+        self.success[j] += played.success_at_end.astype(float).tolist()
+        self.returns[j] += played.returns.tolist()
 
     def score(self, j: int) -> tuple[float, float]:
         """Mean success_at_end and mean return of noise j so far."""

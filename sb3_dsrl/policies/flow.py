@@ -20,39 +20,18 @@ from sb3_dsrl.policies.decoding import Integrate, accelerated, integrate, walk_b
 from sb3_dsrl.policies.encoders import ImageEncoder, ObsEncoder, StateEncoder
 from sb3_dsrl.policies.inversion import Inversion, gauss_newton, root_mean_square
 from sb3_dsrl.policies.losses import shortcut_loss
-from sb3_dsrl.policies.networks import EnsembleChunkCritic, Network, VelocityNet, VelocityUNet
+from sb3_dsrl.policies.network_config import from_config, to_config
+from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityNet, VelocityUNet
 from sb3_dsrl.policies.spatial_features import SpatialFeatures, StateLayout
 from sb3_dsrl.utils.devices import get_device
 from sb3_dsrl.utils.hub import About, HubModel
 from sb3_dsrl.utils.integrity import check_config, config_sha256, one_line
 from sb3_dsrl.utils.observations import map_frames
 
-
-def _to_config(net: Any) -> Any:
-    if not isinstance(net, nn.Module):
-        return net
-    if not isinstance(net, Network):
-        raise ValueError(
-            f"Only subclasses of sb3_dsrl.policies.networks.Network can be saved, since they know what they were built with; "
-            f"found {type(net).__name__}"
-        )
-    return {"class": net.registered_name(), **{key: _to_config(value) for key, value in net.config.items()}}
-
-
-def _from_config(config: Any) -> Any:
-    if not (isinstance(config, dict) and "class" in config):
-        return config
-    kwargs = {key: _from_config(value) for key, value in config.items()}
-    name = kwargs.pop("class")
-    if name not in Network.classes:
-        raise ValueError(f"config.json names the network class {name!r}, which is unknown; import the module that defines it")
-    return Network.classes[name](**kwargs)
-
-
 #: How the hub mixin builds networks from ``config.json``; subclasses must name it, too. What it writes at construction is
 #: replaced when the policy is saved.
 CODERS: dict[type, Any] = {
-    net: (lambda net: type(net).__name__, _from_config)
+    net: (lambda net: type(net).__name__, from_config)
     for net in (VelocityNet, ObsEncoder, EnsembleChunkCritic, ActionNormalizer)
 }
 
@@ -402,10 +381,10 @@ env = make_latent_env("{self.env_id or "MyEnv-v0"}", flow)  # its actions are th
         # What the policy is now, not what it was built with
         names = ("act_horizon", "num_steps", "action_offset", "env_id", "obs_mode", "control_mode", "gamma", "reward_scale")
         self._hub_mixin_config = dict(
-            encoder=_to_config(self.encoder),
-            net=_to_config(self.net),
-            critic=_to_config(self.critic),
-            action_normalizer=_to_config(self.action_normalizer),
+            encoder=to_config(self.encoder),
+            net=to_config(self.net),
+            critic=to_config(self.critic),
+            action_normalizer=to_config(self.action_normalizer),
             policy_class=type(self).__name__,
             **{name: getattr(self, name) for name in names},
         )

@@ -18,6 +18,7 @@ from stable_baselines3.common.utils import get_device
 from torch import nn
 from torch.distributions import Normal
 
+from sb3_dsrl.stage2.correlation import Previous, WithPrevious, carried
 from sb3_dsrl.stage2.distributions import PriorMixtureDistribution
 from sb3_dsrl.stage2.optimizers import SCALED, AdamLrScale, LrScale
 from sb3_dsrl.stage2.policy_file import from_config, read_policy_file, to_config, write_policy_file
@@ -57,6 +58,9 @@ class LatentPolicy(ActorCriticPolicy):
     :param centre: noise that a new policy's mean starts from, such as a golden ticket; of the noise's shape. None is 0
     :param log_std_init: log standard deviation of a new policy's noise; 0 is the prior's
     :param residual_log_std_init: likewise of its residual, where 0 is the whole ``residual_scale``; None is log 0.1
+    :param noise_correlation: rho of AR(1) noise while rollouts are collected, in [0, 1), see
+        :mod:`sb3_dsrl.stage2.correlation`; it needs ``prior_mix=0`` and the buffer that ``ppo_kwargs`` then chooses. If a
+        callback stopped ``learn`` inside a rollout and it is called again, the density of the next macro-step is not exact.
     :param kwargs: further arguments of :class:`~stable_baselines3.common.policies.ActorCriticPolicy`
     :raises ValueError: if an argument is out of range or the action space is no Box
     """
@@ -81,6 +85,7 @@ class LatentPolicy(ActorCriticPolicy):
         centre: np.ndarray | list[Any] | None = None,
         log_std_init: float = 0.0,
         residual_log_std_init: float | None = None,
+        noise_correlation: float = 0.0,
         **kwargs: Any,
     ) -> None:
         if not isinstance(action_space, spaces.Box):
@@ -101,6 +106,12 @@ class LatentPolicy(ActorCriticPolicy):
         for name, log_std in (("log_std_init", log_std_init), ("residual_log_std_init", residual_log_std_init)):
             if log_std is not None and not np.isfinite(log_std):
                 raise ValueError(f"{name} must be finite, found {log_std}: a std is positive")
+        if not 0.0 <= noise_correlation < 1.0:
+            raise ValueError(f"noise_correlation must lie in [0, 1), found {noise_correlation}")
+        if noise_correlation and prior_mix:
+            raise ValueError(f"noise_correlation needs prior_mix=0, found {prior_mix}: the prior's noises follow no others")
+        if noise_correlation and not isinstance(observation_space, spaces.Box):
+            raise ValueError(f"noise_correlation needs observations that are no dict, found {observation_space}")
         if net_arch is None:
             net_arch = dict(pi=[256, 256], vf=[256, 256])
         if value_lr is not None and value_lr <= 0:
@@ -108,7 +119,8 @@ class LatentPolicy(ActorCriticPolicy):
         if kwargs.get("use_sde"):
             raise ValueError("LatentPolicy has its own state-dependent std: use_sde must be False, found True")
         self.initial_prior_mix, self.prior_mix_decay, self.value_lr = prior_mix, prior_mix_decay, value_lr
-        self._residual_log_std_init = residual_log_std_init
+        self._residual_log_std_init, self.noise_correlation = residual_log_std_init, noise_correlation
+        self._previous: Previous | None = None  # the macro-step before, while a rollout is collected
         noise_shape = action_space.noise_shape if isinstance(action_space, NoiseSpace) else action_space.shape
         self._noise_dim = math.prod(noise_shape)
         self._centre_init = np.zeros(noise_shape) if centre is None else np.asarray(centre, dtype=np.float64)
@@ -165,6 +177,7 @@ class LatentPolicy(ActorCriticPolicy):
             value_lr=self.value_lr,
             centre=self._centre_init,
             residual_log_std_init=self._residual_log_std_init,
+            noise_correlation=self.noise_correlation,
         )
         return data
 
@@ -235,6 +248,7 @@ class LatentPolicy(ActorCriticPolicy):
             self._decay_due.fill_(1.0)
         elif self._decay_due > 0:
             self._decay_due.fill_(0.0)
+            self._previous = None
             self.prior_mix.mul_(self.prior_mix_decay)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> PriorMixtureDistribution:
@@ -252,6 +266,49 @@ class LatentPolicy(ActorCriticPolicy):
         assert isinstance(distribution, PriorMixtureDistribution)
         distribution.prior_mix = 0.0
         return distribution
+
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:  # type: ignore[override]
+        """
+        Actions while rollouts are collected.
+
+        :param obs: features, (B, C)
+        :param deterministic: return the mean
+        :return: actions (B, T, A), values (B, 1) and log-densities (B,)
+        """
+        if not self.noise_correlation:
+            return super().forward(obs, deterministic)
+        if self._previous is not None and len(self._previous.obs) != len(obs):
+            self._previous = None
+        distribution = self._carried(obs, self._previous)
+        flat = distribution.get_actions(deterministic)
+        exists = th.ones(len(obs), 1, dtype=th.bool, device=obs.device)
+        self._previous = Previous(obs.clone(), flat.detach().clone(), exists)
+        actions = flat.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+        return actions, self.predict_values(obs), distribution.log_prob(flat)
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: PyTorchObs | WithPrevious, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        :param obs: features, (B, C); with ``noise_correlation`` the macro-steps before as well
+        :param actions: (B, D)
+        :return: values (B, 1), log-densities (B,) and entropies (B,)
+        :raises ValueError: if the macro-steps before are missing
+        """
+        if not self.noise_correlation:
+            return super().evaluate_actions(obs, actions)  # type: ignore[arg-type]
+        if not isinstance(obs, WithPrevious):
+            raise ValueError("noise_correlation needs rollout_buffer_class=CorrelatedRolloutBuffer, as ppo_kwargs chooses it")
+        distribution = self._carried(obs.obs, obs.previous)
+        return self.predict_values(obs.obs), distribution.log_prob(actions), distribution.entropy()
+
+    def _carried(self, obs: th.Tensor, previous: Previous | None) -> PriorMixtureDistribution:
+        """pi, given the macro-step before."""
+        before = None if previous is None else self.pi(previous.obs).distribution
+        now = self.pi(obs)
+        if before is None or previous is None:
+            return now
+        return now.proba_distribution(*carried(now.distribution, before, previous, self.noise_correlation))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.sample(observation, deterministic)

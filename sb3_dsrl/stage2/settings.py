@@ -9,6 +9,7 @@ import gymnasium as gym
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_dsrl.stage2.correlation import CorrelatedRolloutBuffer
 from sb3_dsrl.steering.contract import SteerMode
 from sb3_dsrl.steering.vec_env import find_steering
 
@@ -47,7 +48,9 @@ def policy_defaults(steer_mode: SteerMode, preset: Preset = "recommended") -> di
     return dict(log_std_init=log_std_init, prior_mix=prior_mix, prior_mix_decay=0.995, value_lr=1e-3)
 
 
-def ppo_kwargs(env: gym.Env | VecEnv, preset: Preset = "recommended", **overrides: Any) -> dict[str, Any]:
+def ppo_kwargs(
+    env: gym.Env | VecEnv, preset: Preset = "recommended", *, noise_correlation: float = 0.0, **overrides: Any
+) -> dict[str, Any]:
     """
     Keyword arguments of ``PPO("LatentPolicy", env, ...)``: the method's settings, with the env's own macro-step discount and
     with sizes of rollout and minibatch that fit its number of envs.
@@ -55,6 +58,8 @@ def ppo_kwargs(env: gym.Env | VecEnv, preset: Preset = "recommended", **override
     :param env: steered env, gym or vectorised
     :param preset: "recommended", with a learning rate that fits the number of entries of an action and falls to 0, or
         "paper"; see :func:`policy_defaults`
+    :param noise_correlation: of noises one macro-step apart, in [0, 1): above 0 exploration goes on in one direction, without
+        noises from the prior, see :mod:`sb3_dsrl.stage2.correlation`
     :param overrides: explicit keywords; they win, and ``policy_kwargs`` are merged. Of ``n_steps`` and ``batch_size`` the one
         that is not given follows the other.
     :return: the keyword arguments
@@ -62,7 +67,11 @@ def ppo_kwargs(env: gym.Env | VecEnv, preset: Preset = "recommended", **override
     """
     steering = find_steering(env)
     contract = steering.contract
-    policy_kwargs = policy_defaults(contract.steer_mode, preset) | overrides.pop("policy_kwargs", {})
+    policy_kwargs = policy_defaults(contract.steer_mode, preset)
+    if noise_correlation:
+        policy_kwargs |= dict(noise_correlation=noise_correlation, prior_mix=0.0)
+        overrides = dict(rollout_buffer_class=CorrelatedRolloutBuffer) | overrides
+    policy_kwargs |= overrides.pop("policy_kwargs", {})
     lr: float | LinearSchedule = MAX_LR
     if preset == "recommended":
         lr = LinearSchedule(min(MAX_LR, LR_TIMES_ENTRIES / math.prod(steering.action_space.shape)), 0.0, 1.0)

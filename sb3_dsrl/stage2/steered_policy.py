@@ -47,17 +47,23 @@ class SteeredPolicy(HubModel, library_name="sb3_dsrl", tags=["robotics", "reinfo
 
     :param flow: the policy that is steered, or its folder; it is frozen
     :param latent: made for this flow
+    :param deterministic: what :meth:`predict` and :meth:`select_action` do unless they are told: play the latent policy's
+        mean, or sample from it, as one must that stands for the unsteered flow
     :raises TypeError: if they are something else
     :raises ValueError: if the latent policy was made for another flow, or for an env that is not steered
     """
 
-    def __init__(self, flow: FlowLike, latent: LatentPolicy) -> None:
+    #: what :func:`~sb3_dsrl.improve` says of its policy; not saved
+    report: Any = None
+
+    def __init__(self, flow: FlowLike, latent: LatentPolicy, deterministic: bool = True) -> None:
         flow = resolve_flow(flow)
         if not isinstance(latent, LatentPolicy):
             raise TypeError(f"latent must be a LatentPolicy, found {type(latent).__name__}")
         if not isinstance(latent.action_space, NoiseSpace):
             raise ValueError(f"latent must be made for a steered env, whose actions are noise; found {latent.action_space}")
         self.flow, self.latent, self.contract = flow, latent, latent.action_space.contract
+        self.deterministic = deterministic
         self._steering = Steering(flow, self.contract)
         for what, found, expected in (
             ("features", latent.observation_space.shape, self._steering.observation_space.shape),
@@ -107,13 +113,13 @@ class SteeredPolicy(HubModel, library_name="sb3_dsrl", tags=["robotics", "reinfo
         self._new: list[Any] = []
         self._queue: deque[np.ndarray] = deque()
 
-    def predict(self, obs: Any, deterministic: bool = True) -> np.ndarray:
+    def predict(self, obs: Any, deterministic: bool | None = None) -> np.ndarray:
         """
         The next chunk. After :meth:`reset` the first frame stands for those before it.
 
         :param obs: the newest frame, (D,) or a dict of such; or a list of all frames since the last chunk, oldest first. The
             list is needed where the flow sees more than one frame, for those inside the chunk are among them.
-        :param deterministic: w is the latent policy's mean; otherwise it is sampled
+        :param deterministic: w is the latent policy's mean; otherwise it is sampled; None is the policy's own way
         :return: (H, A), in [-1, 1]
         :raises ValueError: if frames are missing, have another shape, or are NaN or infinite
         """
@@ -130,10 +136,11 @@ class SteeredPolicy(HubModel, library_name="sb3_dsrl", tags=["robotics", "reinfo
             self._frames.extend([frames[0]] * self.flow.obs_horizon)
         self._frames.extend(frames)
         self._new, self._queue = [], deque()
+        deterministic = self.deterministic if deterministic is None else deterministic
         chunk, _, _ = self._act(map_frames(lambda x: x[None], stack_frames(self._frames)), deterministic)
         return to_numpy(chunk)[0]
 
-    def select_action(self, obs: Any, deterministic: bool = True) -> np.ndarray:
+    def select_action(self, obs: Any, deterministic: bool | None = None) -> np.ndarray:
         """
         The next action, to be called once an env step; it keeps the frames and the rest of the chunk.
 
@@ -227,7 +234,8 @@ action = policy.select_action(obs)  # once an env step; obs is the newest frame
         (save_directory / CONFIG).write_text(json.dumps(self._config(), indent=2), encoding="utf-8")
 
     def _config(self) -> dict[str, Any]:
-        return dict(contract=self.contract.as_dict(), latent_policy=self.latent.config())
+        config: dict[str, Any] = dict(contract=self.contract.as_dict(), latent_policy=self.latent.config())
+        return config if self.deterministic else config | dict(deterministic=False)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -248,7 +256,8 @@ action = policy.select_action(obs)  # once an env step; obs is the newest frame
         latent = LatentPolicy.load(folder / LATENT, device)
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            policy = cls(flow, latent)
+            sampled = isinstance(config, dict) and config.get("deterministic") is False
+            policy = cls(flow, latent, deterministic=not sampled)
         except ValueError as error:
             raise ValueError(f"{folder} does not hold a valid SteeredPolicy: {one_line(error)}") from error
         if config != json.loads(json.dumps(policy._config())):

@@ -1,0 +1,1 @@
+"""What needs LeRobot itself, in an environment of its own: `make test-lerobot`."""

@@ -60,6 +60,10 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_theme_options = {"top_of_page_buttons": []}
+html_copy_source = False
+smartquotes_action = "De"  # no curly quotes: those in docstrings are Python's
+toc_object_entries_show_parents = "hide"
 
 
 def existing(name: str, context: dict[str, Any]) -> Any:

@@ -104,7 +104,7 @@ def success(of: pd.DataFrame) -> str:
     :return: success at the end: mean of the seeds and their range, or of one seed its 95% Wilson interval
     """
     low, high = (of.ci_low, of.ci_high) if len(of) == 1 else (of.success_at_end, of.success_at_end)
-    return f"{of.success_at_end.mean():.2f} ({low.min():.2f} to {high.max():.2f})"
+    return f"{of.success_at_end.mean():.2f} ({low.min():.2f}–{high.max():.2f})"
 
 
 def best_control(task: pd.DataFrame) -> str:
@@ -201,7 +201,7 @@ def plot(path: Path, table: pd.DataFrame) -> None:
     kinds = {"prior": ("frozen flow, random noise", "0.55"), "control": ("best free control", "tab:orange")}
     kinds["stage2"] = ("steered (stages 1 and 2)", "tab:blue")
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 0.62 * len(tasks) + 1.5), width_ratios=(3, 1.2), sharex=True, constrained_layout=True
+        1, 2, figsize=(9, 0.62 * len(tasks) + 1.5), width_ratios=(3, 1.2), constrained_layout=True
     )
     for i, (kind, (label, colour)) in enumerate(kinds.items()):
         offset = 0.24 * (i - 1)
@@ -218,6 +218,7 @@ def plot(path: Path, table: pd.DataFrame) -> None:
         right.plot([low, high], [i, i], color="k", lw=1)
     left.set_yticks(range(len(tasks)), [env_id for env_id, _ in tasks])
     right.set_yticks([])
+    right.set_xticks([0.25, 0.5, 0.75])
     for axis, title in ((left, "each task (dots: seeds; line: 95% of one seed)"), (right, "all tasks: IQM, 95%")):
         axis.invert_yaxis()
         axis.set_xlim(0, 1)

@@ -103,11 +103,11 @@ def test_headline_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, values in successes.items()
         for seed, success in enumerate(values)
     )
-    cells = "| Push | 0.30 (0.20 to 0.40) | w = 0: 0.60 (0.50 to 0.70) | **0.70 (0.60 to 0.80)** | 1,000 | 2 |"
+    cells = "| Push | 0.30 (0.20–0.40) | w = 0: 0.60 (0.50–0.70) | **0.70 (0.60–0.80)** | 1,000 | 2 |"
     assert report.headline(found).splitlines()[2] == cells
     assert report.reading(found).splitlines() == ["- with every seed: none", "- with some seeds: Push", "- with no seed: none"]
     one = found[found.seed == 0]
-    assert "| 0.20 (0.00 to 1.00) | best fixed w: 0.90 (0.00 to 1.00) | **0.80" in report.headline(one)
+    assert "| 0.20 (0.00–1.00) | best fixed w: 0.90 (0.00–1.00) | **0.80" in report.headline(one)
     mean, low, high = report.aggregate(found, "stage2")
     assert (mean, low, high) == (pytest.approx(0.7), pytest.approx(0.6), pytest.approx(0.8))
     with pytest.raises(ValueError, match="no <!-- other -->"):

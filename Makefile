@@ -5,11 +5,7 @@ STAMP := .venv/.installed
 PY_LEROBOT := .venv-lerobot/bin/python
 STAMP_LEROBOT := .venv-lerobot/.installed
 
-<<<<<<< HEAD
-.PHONY: help setup demo bench test test-zoo identity faults soak check format docs docs-links notebook .docs-tools clean
-=======
-.PHONY: help setup demo bench test test-lerobot test-zoo identity faults soak check format clean
->>>>>>> main
+.PHONY: help setup demo bench test test-lerobot test-zoo identity faults soak check format docs docs-links notebook .docs-tools clean
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"

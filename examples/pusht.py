@@ -34,7 +34,7 @@ from sb3_dsrl import (
     ppo_kwargs,
 )
 from sb3_dsrl.cli.common import EVAL_SEED, cli
-from sb3_dsrl.evaluation.play import Actor, play
+from sb3_dsrl.evaluation.play import Actor, count_env_steps, play
 from sb3_dsrl.evaluation.results import wilson_interval
 
 ACTION_BOUNDS = (0.0, 512.0)  # px
@@ -109,7 +109,7 @@ class Budget(BaseCallback):
         self.limit, self.env_steps = env_steps, 0
 
     def _on_step(self) -> bool:
-        self.env_steps += sum(info["chunk_length"] for info in self.locals["infos"])
+        self.env_steps += count_env_steps(self.locals["infos"])
         return self.env_steps < self.limit
 
 

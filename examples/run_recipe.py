@@ -25,6 +25,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 
 from sb3_dsrl import (
+    DemoStarts,
     EvalResult,
     FlowPolicy,
     SteeredPolicy,
@@ -133,12 +134,14 @@ def main(args: Args) -> None:
     th.set_num_threads(1)  # the other cores are for the simulators
     log = output / "tensorboard"
 
-    flow = train_base(recipe, args.demo_path or Path("demos") / f"{folder_name}.h5", args.seed, log)
+    demo_path = args.demo_path or Path("demos") / f"{folder_name}.h5"
+    flow = train_base(recipe, demo_path, args.seed, log)
     flow.save_pretrained(output / "flow")
     stage0_seconds = time.time() - start
 
     # How good is it?
-    env = make_latent_env(recipe.env_id, flow, recipe.n_envs, seed=args.seed, **recipe.env)
+    starts = None if recipe.demo_starts is None else DemoStarts(demo_path, **recipe.demo_starts)
+    env = make_latent_env(recipe.env_id, flow, recipe.n_envs, seed=args.seed, starts=starts, **recipe.env)
     eval_env = make_latent_env(recipe.env_id, flow, recipe.n_envs, **recipe.env)
     rows: dict[str, EvalResult] = {}
 

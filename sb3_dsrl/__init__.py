@@ -36,6 +36,7 @@ from sb3_dsrl.policies.lerobot import LeRobotPolicy
 from sb3_dsrl.policies.networks import EnsembleChunkCritic, VelocityMLP, VelocityUNet
 from sb3_dsrl.stage0.critic import train_critic
 from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demo_starts import DemoStarts
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.features import demo_transitions
 from sb3_dsrl.stage0.flow_matching import AdvantageWeighting, ImageTraining, create_flow, train_flow
@@ -65,6 +66,7 @@ from sb3_dsrl.stage2.value_warmup import ValueWarmup
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
 from sb3_dsrl.steering.latent_env import LatentSteeringWrapper
 from sb3_dsrl.steering.noise_space import NoiseSpace
+from sb3_dsrl.steering.starts import StateStarts
 from sb3_dsrl.steering.vec_env import VecLatentSteering
 from sb3_dsrl.utils.checkpoint import TrainingCheckpoint
 
@@ -84,6 +86,7 @@ __all__ = [
     "AdvantageWeighting",
     "BestOfM",
     "CandidateSettings",
+    "DemoStarts",
     "CorrelatedRolloutBuffer",
     "Demos",
     "DistilledCritic",
@@ -114,6 +117,7 @@ __all__ = [
     "SearchResult",
     "SearchedSettings",
     "StateEncoder",
+    "StateStarts",
     "SteerabilityReport",
     "SuccessEvalCallback",
     "Ticket",

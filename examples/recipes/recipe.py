@@ -19,6 +19,7 @@ class Recipe:
     :param spatial_features: features of where things are to each other, for state demos
     :param critic_iterations: optimiser steps of the critic; 0 trains none
     :param env: arguments of :func:`sb3_dsrl.make_latent_env`, such as ``max_episode_steps`` and ``residual_scale``
+    :param demo_starts: arguments of :class:`sb3_dsrl.DemoStarts`, with which stage 2 starts along the demos; None does not
     :param n_envs: simulated envs
     :param ticket_rounds: of :func:`sb3_dsrl.find_ticket`, a control that no stage uses
     :param rollout_episodes: stage 1 learns from so many episodes of the frozen flow
@@ -34,6 +35,7 @@ class Recipe:
     spatial_features: bool = True
     critic_iterations: int = 0
     env: Mapping[str, Any] = field(default_factory=dict)
+    demo_starts: Mapping[str, Any] | None = None
     n_envs: int = 8
     ticket_rounds: Sequence[tuple[int, int]] = ((32, 8), (5, 32))
     rollout_episodes: int = 256

@@ -9,6 +9,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from tqdm import tqdm
 
+from sb3_dsrl.evaluation.play import count_env_steps
+
 
 class StepBudget:
     """
@@ -69,5 +71,5 @@ class _Counted(VecEnvWrapper):
 
     def step_wait(self) -> VecEnvStepReturn:
         obs, rewards, dones, infos = self.venv.step_wait()
-        self._budget.count(sum(info["chunk_length"] for info in infos))
+        self._budget.count(count_env_steps(infos))
         return obs, rewards, dones, infos

@@ -18,6 +18,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_dsrl import (
+    DemoStarts,
     LatentPolicy,
     NoiseSpace,
     ResumeCallback,
@@ -39,6 +40,8 @@ class Args(FlowArgs, TrainingArgs):
     """Latent policy of stage 1; a new one if not given."""
     num_envs: int = 8
     """Simulated envs of training; worker processes share them, one a core."""
+    demo_starts: Path | None = None
+    """Demos along which episodes of training start, at first near their end, then earlier as success allows."""
     total_timesteps: int = 200_000
     """Env steps of stage 2."""
     rollout_steps: int | None = None
@@ -76,7 +79,7 @@ def settings(args: Args, env: VecLatentSteering) -> dict[str, Any]:
         policy_kwargs["prior_mix"] = args.prior_mix_ratio
     if args.std is not None:
         policy_kwargs["log_std_init"] = float(np.log(args.std))
-    schedule = {} if args.lr is None else dict(learning_rate=LinearSchedule(args.lr, 0.0, 1.0))
+    schedule: dict[str, Any] = {} if args.lr is None else dict(learning_rate=LinearSchedule(args.lr, 0.0, 1.0))
     return ppo_kwargs(
         env,
         **schedule,
@@ -116,7 +119,8 @@ def main(args: Args) -> None:
         refuse(dict(std=args.std), "does nothing with --stage1_checkpoint, which holds its own")
     flow = load_flow(args, args.awsc_checkpoint)
     stage1 = None if args.stage1_checkpoint is None else LatentPolicy.load(args.stage1_checkpoint, args.device)
-    env = make_env(args, flow, args.num_envs, args.seed)
+    starts = dict[str, Any]() if args.demo_starts is None else dict(starts=DemoStarts(args.demo_starts))
+    env = make_env(args, flow, args.num_envs, args.seed, **starts)
     eval_env = make_env(args, flow, args.num_eval_envs)
     run = Run("train_latent_online", args, args.env_id or str(flow.env_id))
 

@@ -57,9 +57,9 @@ def make_latent_env(
     :param seed: env i is seeded with ``seed + i`` at its first reset
     :param obs: what is seen: "features" of the flow, the "env"'s frames, or "both" as a dict
     :param chunk_env_kwargs: further arguments of :func:`make_chunk_env`: for any env ``max_episode_steps``,
-        ``ignore_terminations`` and ``workers``; for ManiSkill ``sim_backend``, ``reward_mode`` and what ``gym.make`` takes;
-        for others ``env_kwargs``, ``wrapper_class``, ``wrapper_kwargs``, ``success_key`` and ``cut_at_time_limit``. ``gamma``
-        and ``reward_scale`` are the flow's if not given.
+        ``ignore_terminations``, ``workers`` and ``starts`` (:class:`~sb3_dsrl.DemoStarts`); for ManiSkill ``sim_backend``,
+        ``reward_mode`` and what ``gym.make`` takes; for others ``env_kwargs``, ``wrapper_class``, ``wrapper_kwargs``,
+        ``success_key`` and ``cut_at_time_limit``. ``gamma`` and ``reward_scale`` are the flow's if not given.
     :return: the vectorised env; ``macro_gamma`` is the discount for PPO
     :raises ValueError: if an argument does not fit
     """

@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_dsrl.envs.worker_vec_env import spread_envs
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
+from sb3_dsrl.steering.starts import RecordedStarts
 
 EnvMaker = Callable[..., gym.Env]
 
@@ -108,6 +109,7 @@ def make_chunk_env(
     gamma: float = 0.99,
     reward_scale: float = 1.0,
     workers: WorkerSettings | None = None,
+    starts: RecordedStarts | None = None,
     **env: Any,
 ) -> VecEnv:
     """
@@ -123,6 +125,7 @@ def make_chunk_env(
     :param gamma: discount per env step
     :param reward_scale: factor on the macro reward
     :param workers: how the envs are spread over workers; None is the default, and no worker for one env
+    :param starts: recorded episodes to start from, see :class:`~sb3_dsrl.steering.starts.StateStarts`
     :param env: further arguments of :func:`env_maker`
     :return: the vectorised env; actions are (H, A), observations (obs_horizon, D), or dicts of such
     :raises ValueError: if an argument does not fit
@@ -131,7 +134,7 @@ def make_chunk_env(
 
     def make_chunked() -> gym.Env:
         return ActionChunkWrapper(
-            make(), act_horizon, obs_horizon, gamma, ignore_terminations, reward_scale, cut_at_time_limit
+            make(), act_horizon, obs_horizon, gamma, ignore_terminations, reward_scale, cut_at_time_limit, starts
         )
 
     return spread_envs(make_chunked, n_envs, workers, hide_gpu=False)  # nobody knows whether these envs need it

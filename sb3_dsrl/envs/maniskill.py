@@ -17,6 +17,7 @@ from sb3_dsrl.envs.worker_vec_env import spread_envs
 from sb3_dsrl.envs.workers import WorkerSettings
 from sb3_dsrl.steering.batched import BatchedChunkEnv
 from sb3_dsrl.steering.chunk_env import ActionChunkWrapper
+from sb3_dsrl.steering.starts import RecordedStarts
 
 SimBackend = Literal["physx_cpu", "physx_cuda", "cpu", "gpu"]
 
@@ -40,6 +41,7 @@ def make_chunk_env(
     reward_scale: float = 1.0,
     workers: WorkerSettings | None = None,
     fast: bool = True,
+    starts: RecordedStarts | None = None,
     **env_kwargs: Any,
 ) -> VecEnv:
     """
@@ -67,6 +69,7 @@ def make_chunk_env(
         :class:`~sb3_dsrl.WorkerSettings`, and no worker for one env
     :param fast: on the CPU: step ManiSkill by the shortcuts of :mod:`sb3_dsrl.envs.fast`, which change no bit of the results;
         the environment variable ``SB3_DSRL_FAST=0`` switches them off everywhere
+    :param starts: on the CPU: recorded episodes to start from, see :class:`~sb3_dsrl.DemoStarts`
     :param env_kwargs: further arguments of ``gym.make``
     :return: the vectorised env; actions are (H, A), observations (obs_horizon, D), or dicts of such
     :raises ValueError: if an argument does not fit
@@ -75,6 +78,11 @@ def make_chunk_env(
         raise ValueError(f"n_envs must be at least 1, found {n_envs}")
     if SIM_BACKENDS.get(sim_backend) == "physx_cuda" and workers is not None:
         raise ValueError("workers are for sim_backend='physx_cpu'; on a GPU one simulator in this process runs all envs")
+    if SIM_BACKENDS.get(sim_backend) == "physx_cuda" and starts is not None:
+        raise ValueError(
+            "starts are for sim_backend='physx_cpu': the envs of one batched simulator step together, so that none of them "
+            "can replay a piece of a demo by itself"
+        )
     given: dict[str, Any] = dict(control_mode=control_mode, max_episode_steps=max_episode_steps)
     given = {key: value for key, value in given.items() if value is not None}
     env_kwargs = maniskill_kwargs(env_id, obs_mode, reward_mode=reward_mode, sim_backend=sim_backend, **given, **env_kwargs)
@@ -87,7 +95,7 @@ def make_chunk_env(
     )
 
     def make() -> gym.Env:
-        return ActionChunkWrapper(unbatched(_made(env_id, **env_kwargs), fast), **chunk_kwargs)
+        return ActionChunkWrapper(unbatched(_made(env_id, **env_kwargs), fast), **chunk_kwargs, starts=starts)
 
     if env_kwargs["sim_backend"] == "physx_cuda":
         return BatchedChunkEnv(flat_images(_made(env_id, num_envs=n_envs, **env_kwargs)), **chunk_kwargs)

@@ -12,7 +12,7 @@ from mani_skill.utils.wrappers import CPUGymWrapper, FlattenRGBDObservationWrapp
 from stable_baselines3.common.env_util import is_wrapped
 
 from sb3_dsrl.envs.fast import make_fast, wants_fast
-from sb3_dsrl.envs.sim_state import get_sim_state, set_sim_state
+from sb3_dsrl.envs.sim_state import get_sim_state, set_recorded_state, set_sim_state
 from sb3_dsrl.steering.sim_state import set_wrapper_counters, wrapper_counters
 
 
@@ -84,6 +84,10 @@ class RenderOnDemand(gym.Wrapper):
         return {camera: dict(images) for camera, images in self._last.items()}
 
 
+#: Option of a reset: the seed of this one episode.
+EPISODE_SEED = "episode_seed"
+
+
 class EpisodeSeeds(gym.Wrapper):
     """
     Gives every episode a seed of its own, drawn from the one that the env was seeded with.
@@ -99,12 +103,17 @@ class EpisodeSeeds(gym.Wrapper):
         self._rng = np.random.default_rng()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """The given seed, or the next one of those that follow from the last seed given."""
-        if seed is None:
-            seed = int(self._rng.integers(2**31))
-        else:
+        """
+        The given seed, or the next one of those that follow from the last seed given; with ``options["episode_seed"]`` that
+        one, which changes nothing of the seeds that follow.
+        """
+        options = dict(options or {})
+        own = options.pop(EPISODE_SEED, None)
+        if seed is not None:
             self._rng = np.random.default_rng(seed)
-        return self.env.reset(seed=seed, options=options)
+        elif own is None:
+            seed = int(self._rng.integers(2**31))
+        return self.env.reset(seed=seed if own is None else own, options=options)
 
     def get_sim_state(self) -> dict[str, Any]:
         """See :mod:`sb3_dsrl.envs.sim_state`. Which episodes follow is no part of it."""
@@ -112,8 +121,12 @@ class EpisodeSeeds(gym.Wrapper):
 
     def set_sim_state(self, state: dict[str, Any]) -> None:
         """
-        :param state: of :meth:`get_sim_state` of this env in this episode
+        :param state: of :meth:`get_sim_state` of this env in this episode; or one that ManiSkill has recorded in an episode
+            of the same seed, as :class:`~sb3_dsrl.DemoStarts` reads it
         :raises ValueError: if it is of another env, or the scene was built anew since then
         """
+        if "env_states" in state:
+            set_recorded_state(self.unwrapped, state["env_states"], state["elapsed_steps"])  # type: ignore[arg-type]
+            return
         set_sim_state(self.unwrapped, state["base"])  # type: ignore[arg-type]
         set_wrapper_counters(self.env, state["wrappers"])

@@ -92,6 +92,29 @@ def set_sim_state(base: BaseEnv, state: bytes) -> None:
         rng.set_state(own)
 
 
+def set_recorded_state(base: BaseEnv, env_states: dict[str, dict[str, np.ndarray]], elapsed_steps: int) -> None:
+    """
+    Goes to a state that ManiSkill has recorded: bodies and joints, and nothing of controllers or contacts.
+
+    :param base: one CPU env, in an episode with the same objects
+    :param env_states: for "actors" and "articulations" the state of each, (D,), as ``BaseEnv.get_state_dict`` has it
+    :param elapsed_steps: of the episode
+    :raises ValueError: if it has other bodies or robots
+    """
+    now = base.get_state_dict()
+    sizes = [
+        {(kind, name): np.shape(value)[-1] for kind, part in state.items() for name, value in part.items()}
+        for state in (env_states, now)
+    ]
+    if sizes[0] != sizes[1]:
+        name = base.spec.id if base.spec is not None else type(base).__name__
+        raise ValueError(f"{name} has {sorted(sizes[1].items())}, but the recorded state is of {sorted(sizes[0].items())}")
+    base.set_state_dict(env_states)
+    for controller in controllers_of(base):
+        controller.reset()
+    base._elapsed_steps[:] = elapsed_steps
+
+
 def _name_of_scene(base: Any) -> str:
     """Tells a scene from all others; tasks whose objects differ from episode to episode build a new one for each."""
     return vars(base.scene).setdefault("_sb3_dsrl_name", uuid4().hex)

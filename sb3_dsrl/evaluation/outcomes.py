@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dsrl.evaluation.play import Actor, as_vec_env, play, require_success
+from sb3_dsrl.evaluation.play import Actor, as_vec_env, count_env_steps, play, require_success
 from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
 
 
@@ -74,7 +74,7 @@ def play_outcomes(
     env_steps = 0
     for step in play(actor, venv, episodes, seed, deterministic):
         require_success(step.infos, who)
-        env_steps += sum(info["chunk_length"] for info in step.infos)
+        env_steps += count_env_steps(step.infos)
         if flat:
             first = np.array(step.obs) if first is None else first
         for i in np.flatnonzero(step.counts & step.dones):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,7 @@ from sb3_dsrl.evaluation.vec_normalize import require_raw_features, statistics_k
 from sb3_dsrl.policies.base import SteerablePolicy
 from sb3_dsrl.steering.contract import PLAYING, check_act_horizon, check_agreement
 from sb3_dsrl.steering.noise_space import NoiseSpace
+from sb3_dsrl.steering.start_control import true_starts
 from sb3_dsrl.utils.observations import map_frames
 
 
@@ -68,6 +69,14 @@ class MacroStep:
     counts: np.ndarray
 
 
+def count_env_steps(infos: Iterable[Mapping[str, Any]]) -> int:
+    """
+    :param infos: of one macro-step of all envs
+    :return: env steps that the simulators executed, those of envs that idle along included
+    """
+    return sum(info["chunk_length"] for info in infos)
+
+
 def as_vec_env(env: gym.Env | VecEnv) -> VecEnv:
     """
     :param env: gym or vectorised
@@ -102,8 +111,8 @@ def play(
     simulator and other gym envs go on with one random generator, so there it holds as long as all episodes are equally long
     (and, in a gym env, draw equally many random numbers).
 
-    The env may be one that a model trains in: no VecNormalize updates its statistics meanwhile, and a model that plays in its
-    own training env begins new episodes when it learns on.
+    The env may be one that a model trains in: no VecNormalize updates its statistics meanwhile, no episode starts from a
+    recorded one, and a model that plays in its own training env begins new episodes when it learns on.
 
     :param actor: see :data:`Actor`
     :param env: steered env, gym or vectorised
@@ -123,7 +132,7 @@ def play(
     quota = quota_per_env(episodes, venv.num_envs)
     gpus = range(th.cuda.device_count() if th.cuda.is_initialized() else 0)  # manual_seed seeds them, too
     bar = tqdm(total=episodes, desc=name, disable=not progress_bar)
-    with bar, th.random.fork_rng(gpus), statistics_kept(venv), _own_env_left_behind(actor, venv):
+    with bar, th.random.fork_rng(gpus), statistics_kept(venv), _own_env_left_behind(actor, venv), true_starts(venv):
         venv.seed(seed)
         obs: Any = map_frames(np.asarray, venv.reset())
         th.manual_seed(noise_seed)

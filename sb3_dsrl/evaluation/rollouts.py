@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_dsrl.evaluation.play import Actor, play
+from sb3_dsrl.evaluation.play import Actor, count_env_steps, play
 from sb3_dsrl.evaluation.results import OUTCOME, EvalResult
 from sb3_dsrl.evaluation.vec_normalize import require_raw_features
 from sb3_dsrl.stage0.features import FeatureTransitions
@@ -96,7 +96,7 @@ def collect_rollouts(
     final_infos: list[dict[str, Any]] = []
     env_steps = 0
     for step in play(actor, env, episodes, seed, deterministic, progress_bar, "rollouts"):
-        env_steps += sum(info["chunk_length"] for info in step.infos)
+        env_steps += count_env_steps(step.infos)
         for i, info in enumerate(step.infos):
             if info.get("worker_failed"):
                 open_episodes.pop(i, None)

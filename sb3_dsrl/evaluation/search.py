@@ -12,7 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
-from sb3_dsrl.evaluation.play import Actor, MacroStep, actor_function, as_vec_env, play
+from sb3_dsrl.evaluation.play import Actor, MacroStep, actor_function, as_vec_env, count_env_steps, play
 from sb3_dsrl.evaluation.search_result import SearchResult
 from sb3_dsrl.evaluation.vec_normalize import require_raw_features
 from sb3_dsrl.policies.base import SteerablePolicy
@@ -174,7 +174,7 @@ def search_noise(
     search = NoiseSearch(env, proposal, n_candidates, horizon, share, value, prior_std, seed)
     log = _Log()
     for step in play(search, env, episodes, seed, True, progress_bar, "search"):
-        log.env_steps += sum(info["chunk_length"] for info in step.infos)
+        log.env_steps += count_env_steps(step.infos)
         log.add(step, search.last, search.steering.contract.gamma)
     if not any(len(rows) for rows in log.finished):
         raise ValueError(f"No macro-step of {episodes} episodes was searched: more episodes, or a larger share than {share}")

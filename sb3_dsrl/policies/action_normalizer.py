@@ -6,6 +6,9 @@ import torch as th
 
 from sb3_dsrl.policies.networks import Network
 
+#: Floor of a dimension's scale, in the units of [-1, 1].
+MIN_SCALE = 1e-2
+
 
 class ActionNormalizer(Network):
     """
@@ -30,7 +33,7 @@ class ActionNormalizer(Network):
         """Whether it was never fitted."""
         return not self.offset.any() and bool((self.scale == 1).all())
 
-    def fit_moments(self, actions: th.Tensor, min_scale: float = 1e-2) -> None:
+    def fit_moments(self, actions: th.Tensor, min_scale: float = MIN_SCALE) -> None:
         """
         Mean 0 and standard deviation 1, which are those of the noise.
 
@@ -40,7 +43,7 @@ class ActionNormalizer(Network):
         """
         self._set(actions.mean(dim=0), actions.std(dim=0, unbiased=False), min_scale)
 
-    def fit_range(self, actions: th.Tensor, min_scale: float = 1e-2) -> None:
+    def fit_range(self, actions: th.Tensor, min_scale: float = MIN_SCALE) -> None:
         """
         From the smallest to the largest action is [-1, 1], for decoders that clip to that.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from sb3_dsrl.policies.spatial_features import StateLayout, describe
 from sb3_dsrl.stage0.demos import Demos
-from sb3_dsrl.stage0.episodes import DemoError, Episode, StoredImages, check_alike, checked_episode
+from sb3_dsrl.stage0.episodes import DemoError, Episode, StoredImages, asked_for, check_alike, checked_episode
 from sb3_dsrl.utils.integrity import check_sums, one_line
 
 
@@ -39,23 +39,8 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
     :raises DemoError: if a file is damaged, empty, or not what was asked for; the sentence names file and key
     :raises ValueError: if ``num_demos`` is not positive
     """
-    path = Path(path)
-    meta_path = path.with_suffix(".json")
-    for file, what in ((path, "the demo file"), (meta_path, "the JSON that ManiSkill writes beside the .h5 file")):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; expected {what}")
-    if num_demos is not None and num_demos < 1:
-        raise ValueError(f"num_demos must be at least 1, found {num_demos}")
-    check_sums(path.with_suffix(".sha256"), (path, meta_path))
-    env_id, env_kwargs, listed, meta = _read_json(meta_path)
-    # replay_trajectory rewrites the control mode of each episode; older files have it in env_kwargs only
-    own_mode = _text(meta_path, env_kwargs, "control_mode")
-    modes = {_text(meta_path, episode, "control_mode") or own_mode for episode in listed} or {own_mode}
-    if None in modes:
-        raise DemoError(f"{meta_path} names no control_mode, neither in env_info/env_kwargs nor in the episodes")
-    if len(modes) > 1:
-        raise DemoError(f"{meta_path} mixes control modes {sorted(map(str, modes))}; expected one")
-    found_mode = str(modes.pop())
+    path, meta_path = Path(path), Path(path).with_suffix(".json")
+    env_id, found_mode, env_kwargs, meta = read_demo_json(path, num_demos)
     if control_mode is not None and found_mode != control_mode:
         way = f"replay it with `python -m mani_skill.trajectory.replay_trajectory --target-control-mode {control_mode}`"
         if control_mode == "pd_ee_delta_pose":  # see the warning below
@@ -69,12 +54,7 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         )
     try:
         with h5py.File(path, "r") as file:
-            names = sorted(filter(re.compile(r"traj_\d+").fullmatch, file), key=lambda name: int(name[len("traj_") :]))
-            if not names:
-                raise DemoError(f"{path} holds no episodes (no group named traj_0, traj_1, ...)")
-            if num_demos is not None and num_demos > len(names):
-                raise DemoError(f"{path} holds {len(names)} episodes, but num_demos={num_demos} were asked for")
-            episodes = [_read_episode(path, name, file[name]) for name in names[:num_demos]]
+            episodes = [_read_episode(path, name, file[name]) for name in episode_names(path, file, num_demos)]
     except DemoError:
         raise
     except Exception as error:  # of many kinds: HDF5 checks little before it reads
@@ -90,6 +70,49 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
         reward_mode=_text(meta_path, env_kwargs, "reward_mode"),
         state_layout=_state_layout(meta_path, meta, episodes[0].obs.shape[1]) if flat else None,
     )
+
+
+def read_demo_json(path: Path, num_demos: int | None) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
+    """
+    What lies beside a trajectory file.
+
+    :param path: the ``.h5`` file
+    :param num_demos: so many episodes will be asked for; None is all
+    :return: env id, control mode of all episodes, arguments of the env, and the whole JSON
+    :raises FileNotFoundError: if one of the two files is missing
+    :raises DemoError: if a file was changed, or the JSON is not what ManiSkill writes
+    :raises ValueError: if ``num_demos`` is not positive
+    """
+    meta_path = path.with_suffix(".json")
+    for file, what in ((path, "the demo file"), (meta_path, "the JSON that ManiSkill writes beside the .h5 file")):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; expected {what}")
+    if num_demos is not None and num_demos < 1:
+        raise ValueError(f"num_demos must be at least 1, found {num_demos}")
+    check_sums(path.with_suffix(".sha256"), (path, meta_path))
+    env_id, env_kwargs, listed, meta = _read_json(meta_path)
+    # replay_trajectory rewrites the control mode of each episode; older files have it in env_kwargs only
+    own_mode = _text(meta_path, env_kwargs, "control_mode")
+    modes = {_text(meta_path, episode, "control_mode") or own_mode for episode in listed} or {own_mode}
+    if None in modes:
+        raise DemoError(f"{meta_path} names no control_mode, neither in env_info/env_kwargs nor in the episodes")
+    if len(modes) > 1:
+        raise DemoError(f"{meta_path} mixes control modes {sorted(map(str, modes))}; expected one")
+    return env_id, str(modes.pop()), env_kwargs, meta
+
+
+def episode_names(path: Path, file: h5py.File, num_demos: int | None) -> list[str]:
+    """
+    :param path: of the file
+    :param file: the open file
+    :param num_demos: only the first so many; None is all
+    :return: the groups of its episodes, in order
+    :raises DemoError: if there are none, or fewer than asked for
+    """
+    names = sorted(filter(re.compile(r"traj_\d+").fullmatch, file), key=lambda name: int(name[len("traj_") :]))
+    if not names:
+        raise DemoError(f"{path} holds no episodes (no group named traj_0, traj_1, ...)")
+    return names[: asked_for(str(path), len(names), num_demos)]
 
 
 #: ``replay_trajectory`` sets all of these arguments of its env, and never writes a ``source_type``, as recorders of demos do.

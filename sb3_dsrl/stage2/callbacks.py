@@ -10,7 +10,7 @@ import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
-from sb3_dsrl.evaluation.play import evaluate, share_a_simulator
+from sb3_dsrl.evaluation.play import count_env_steps, evaluate, share_a_simulator
 from sb3_dsrl.evaluation.results import EvalResult
 from sb3_dsrl.utils.checkpoint import atomic_file
 
@@ -85,7 +85,7 @@ class SuccessEvalCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         self._learned = True
-        self.env_steps += sum(info["chunk_length"] for info in self.locals["infos"])
+        self.env_steps += count_env_steps(self.locals["infos"])
         return True
 
     def _on_rollout_end(self) -> None:

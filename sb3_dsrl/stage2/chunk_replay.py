@@ -6,6 +6,7 @@ Letters in shapes: ``B`` batch, ``H`` = act_horizon, ``A`` action dim, ``C`` fea
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,5 +164,5 @@ def check_agreement_of_rewards(demos: Demos, steering: Steering) -> None:
     :raises ValueError: if the demos' rewards are of another reward mode than the env's
     """
     contract = steering.contract
-    theirs = type(contract)(**(contract.as_dict() | dict(reward_mode=demos.reward_mode)))
+    theirs = replace(contract, reward_mode=demos.reward_mode)
     check_agreement("demos", theirs, "env", contract, ("reward_mode",))

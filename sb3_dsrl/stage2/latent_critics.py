@@ -128,8 +128,8 @@ class ActionCritic(CriticKind):
     Q(s, chunk) on the chunks that were executed, by whomever; the actor's gradient goes through the frozen decode, as in
     latent policy steering (https://arxiv.org/abs/2603.05296).
 
-    :param num_steps: decoding steps of the gradient, 1 or 2 of a shortcut flow; None are those that are played. Targets are
-        decoded as it is played.
+    :param num_steps: decoding steps of the gradient, at most those that are played; 1 or 2 will do for a shortcut flow. None
+        are those that are played. Targets are decoded as it is played.
     :raises ValueError: if it is below 1
     """
 
@@ -143,9 +143,9 @@ class ActionCritic(CriticKind):
         self, policy: LatentSACPolicy, decoder: Decoder | None, obs: Any, actions: th.Tensor
     ) -> tuple[th.Tensor, ...]:
         assert decoder is not None
-        # a decoder without steps has no choice
-        num_steps = None if decoder.steering.contract.num_steps is None else self.num_steps
-        return policy.critic(obs, decoder(obs, actions, num_steps))
+        played = decoder.steering.contract.num_steps  # None is a decoder without steps
+        fewer = played is not None and self.num_steps is not None and self.num_steps < played
+        return policy.critic(obs, decoder(obs, actions, self.num_steps if fewer else None))
 
 
 @dataclass(frozen=True)

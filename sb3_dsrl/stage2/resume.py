@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from sb3_dsrl.stage2.replay_file import add_replay, checked_buffer, cut_episodes, read_replay
+from sb3_dsrl.steering.start_control import get_progress, set_progress
 from sb3_dsrl.utils.checkpoint import atomic_file, newest_readable, rng_state, set_rng_state
 from sb3_dsrl.utils.interrupt import StopSignals
 
@@ -71,7 +72,7 @@ class ResumeCallback(BaseCallback):
     """
     Checkpoints from which :func:`resume` and ``learn`` go on: the model with its optimiser, prior mix and step count, the
     replay buffer of an off-policy algorithm, the generators of Python, NumPy and torch, env steps, statistics of
-    ``VecNormalize``, and the state of other callbacks.
+    ``VecNormalize``, how far recorded starts have moved, and the state of other callbacks.
     They are written between an update and the next rollout, and once more at the end of training: from that one
     :func:`resume` gives the finished model, for which there is nothing left to ``learn``. (List this callback after those
     that it keeps, so that their last state is in it.) Schedules and TensorBoard go on where they were. On SIGINT
@@ -155,6 +156,8 @@ class ResumeCallback(BaseCallback):
             obs_rms, normalize.ret_rms = self._resumed["vec_normalize"]
             if obs_rms is not None:
                 normalize.obs_rms = obs_rms
+        if self._resumed.get("start_progress") is not None:
+            set_progress(self.training_env, self._resumed["start_progress"])
         for records, saved in zip(self._pending_records(), self._resumed["records"], strict=True):
             records.update(saved)
         self._hide_later_records(done)
@@ -218,6 +221,7 @@ class ResumeCallback(BaseCallback):
             action_space=self.model.action_space.np_random.bit_generator.state,
             # without norm_obs there are no statistics of observations
             vec_normalize=None if normalize is None else (getattr(normalize, "obs_rms", None), normalize.ret_rms),
+            start_progress=get_progress(self.training_env),
             records=[dict(records) for records in self._pending_records()],
             callbacks=[
                 {name: getattr(callback, name) for name in EVAL_CALLBACK if hasattr(callback, name)}

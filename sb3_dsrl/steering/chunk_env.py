@@ -28,8 +28,12 @@ from sb3_dsrl.steering.chunks import (
     stacked_space,
 )
 from sb3_dsrl.steering.contract import ignores_terminations
-from sb3_dsrl.steering.sim_state import can_restore, get_sim_state, set_sim_state
+from sb3_dsrl.steering.sim_state import can_restore, cannot_restore, get_sim_state, set_elapsed_steps, set_sim_state
+from sb3_dsrl.steering.starts import Recorded, RecordedStarts, StartCurriculum
 from sb3_dsrl.utils.observations import map_frames, stack_frames
+
+#: Recorded episodes that may end while they are replayed, one after the other.
+MAX_REPLAYS = 20
 
 
 class ActionChunkWrapper(gym.Wrapper):
@@ -59,6 +63,9 @@ class ActionChunkWrapper(gym.Wrapper):
     :param reward_scale: factor on the macro reward
     :param cut_at_time_limit: end the chunk at a time limit, after k <= H env steps. SB3 then bootstraps with ``gamma ** H``
         in place of ``gamma ** k``, which :class:`~sb3_dsrl.ExactBootstrap` corrects
+    :param starts: recorded episodes from which most episodes start, such as :class:`~sb3_dsrl.DemoStarts`; None starts as the
+        env does. Metrics count from the start on, the time limit from the beginning of the recorded episode. ``info`` holds
+        ``start_step``, the steps before the start, and ``start_progress``.
     :raises ValueError: if the env is batched, resets itself or is wrapped in SB3's ``Monitor``, or its spaces do not fit; in
         ``reset`` and ``step``, if an observation or a reward is NaN or infinite
     """
@@ -72,6 +79,7 @@ class ActionChunkWrapper(gym.Wrapper):
         ignore_terminations: bool | None = None,
         reward_scale: float = 1.0,
         cut_at_time_limit: bool = False,
+        starts: RecordedStarts | None = None,
     ) -> None:
         if isinstance(env, (VecEnv, gym.vector.VectorEnv)):
             raise ValueError(
@@ -97,6 +105,12 @@ class ActionChunkWrapper(gym.Wrapper):
         self._frames: deque[Any] = deque(maxlen=obs_horizon)
         self._episode, self._steps = _EpisodeMetrics(), 0
         self._holding, self._over = False, False
+        self._curriculum, self._start_step = None, 0
+        if starts is not None:
+            starts.check_env(self.env_id, self.control_mode)
+            if not can_restore(env):
+                raise ValueError(cannot_restore(self.env_id or type(env.unwrapped).__name__))
+            self._curriculum = StartCurriculum(starts, obs_horizon)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """
@@ -107,11 +121,60 @@ class ActionChunkWrapper(gym.Wrapper):
         :return: observation (obs_horizon, D), or a dict of such; info
         """
         self._set_observing(True)  # a step that raised may have left it off
-        obs, info = self.env.reset(seed=seed, options=options)
-        self._steps, self._over = 0, False
+        curriculum = self._curriculum
+        if curriculum is None:
+            return self._begin(seed, options, None)
+        if seed is not None:
+            curriculum.seed(seed)
+        for _ in range(MAX_REPLAYS):
+            recorded = curriculum.draw()
+            result = self._begin(seed, options, recorded)
+            if not self._over:
+                return result
+            seed = None
+        raise ValueError(
+            f"{curriculum.starts.where}: {MAX_REPLAYS} episodes in a row ended while they were replayed to step "
+            f"{self._start_step}: is the time limit of {self.env_id or type(self.env.unwrapped).__name__} shorter than theirs?"
+        )
+
+    def _begin(
+        self, seed: int | None, options: dict[str, Any] | None, recorded: Recorded | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Starts an episode, at its beginning or from a recorded state; ``_over`` says whether that ended it."""
+        obs, info = self.env.reset(seed=seed, options=options if recorded is None else (options or {}) | recorded.options)
+        self._steps, self._over, self._start_step = 0, False, 0
         self._frames.extend([self._frame(obs)] * self.obs_horizon)
+        if recorded is not None:
+            self.env.get_wrapper_attr("set_sim_state")(recorded.state)
+            set_elapsed_steps(self.env, recorded.elapsed_steps)
+            for action in self._scale(recorded.actions).astype(self._action_dtype):
+                obs, _, ended, timed_out, info = self.env.step(action)
+                self._frames.append(self._frame(obs))
+                self._over = self._over or bool(timed_out or (ended and not self.ignore_terminations))
+            self._steps = self._start_step = recorded.elapsed_steps + len(recorded.actions)
         self._episode = _EpisodeMetrics()
         return stack_frames(self._frames), info
+
+    @property
+    def start_progress(self) -> float | None:
+        """How far from the end of recorded episodes starts are, 1 is their beginning; None without ``starts``."""
+        return None if self._curriculum is None else self._curriculum.progress
+
+    def set_start_progress(self, progress: float) -> None:
+        """
+        :param progress: see :attr:`start_progress`
+        """
+        if self._curriculum is not None:
+            self._curriculum.progress = progress
+
+    def use_starts(self, on: bool) -> None:
+        """
+        Whether the next episodes start from recorded ones. Evaluation switches it off.
+
+        :param on: on in a new env with ``starts``
+        """
+        if self._curriculum is not None:
+            self._curriculum.on = on
 
     def step(self, chunk: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """
@@ -202,6 +265,9 @@ class ActionChunkWrapper(gym.Wrapper):
         self._over = terminated or truncated
         if self._over:
             info.update(self._episode.summary())
+            if self._curriculum is not None and not self._holding:
+                info.update(start_step=self._start_step, start_progress=self._curriculum.progress)
+                self._curriculum.record(info.get("success_once"))
         if self._holding:
             terminated, truncated, info = False, False, self._held(info)
         return stack_frames(self._frames), macro_reward, terminated, truncated, info

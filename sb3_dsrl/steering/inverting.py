@@ -12,14 +12,13 @@ import numpy as np
 import torch as th
 from tqdm import tqdm
 
+from sb3_dsrl.policies.action_normalizer import MIN_SCALE
 from sb3_dsrl.policies.flow import FlowPolicy
 from sb3_dsrl.policies.inversion import root_mean_square
 from sb3_dsrl.steering.steering import Steering
 
 #: Chunks between two updates of the progress bar.
 BLOCK = 256
-#: Floor of the standard deviation of an action, as in :class:`~sb3_dsrl.policies.action_normalizer.ActionNormalizer`.
-MIN_STD = 0.01
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def invert_executed(
         raise ValueError(f"Noise can be found for the chunks of a FlowPolicy, which has invert(); found {type(flow).__name__}")
     if contract.steer_mode != "full":
         raise ValueError(f"Noise can be found for chunks where all of it is steered (steer_mode='full'), found {contract}")
-    std = th.as_tensor(actions.std(axis=0).clip(min=MIN_STD), device=flow.device)
+    std = th.as_tensor(actions.std(axis=0).clip(min=MIN_SCALE), device=flow.device)
     parts = []
     blocks = list(zip(cond.split(BLOCK), chunk.split(BLOCK), strict=True))
     for c, wanted in tqdm(blocks, desc="inverting chunks", disable=not progress_bar):

@@ -117,6 +117,16 @@ def set_wrapper_counters(env: gym.Env, counters: Sequence[dict[str, Any]]) -> No
         vars(layer).update(deepcopy(kept))
 
 
+def set_elapsed_steps(env: gym.Env, elapsed_steps: int) -> None:
+    """
+    :param env: any env
+    :param elapsed_steps: that gymnasium's ``TimeLimit`` has counted in this episode
+    """
+    for layer in _wrappers_above(env):
+        if isinstance(layer, gym.wrappers.TimeLimit):
+            layer._elapsed_steps = elapsed_steps  # type: ignore[assignment]
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | deque):
         return all(_is_plain(part) for part in value)

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from sb3_dsrl.stage0.demo_files import load_demos
+from sb3_dsrl.stage0.demo_starts import DemoStarts
 from sb3_dsrl.stage0.demos import chunk_transitions
 from sb3_dsrl.utils.integrity import write_sums
 from tests.demo_files import scripted_episode, write_demos
@@ -52,6 +53,20 @@ def shorter(key: str) -> Change:
 
 def cut(part: float) -> Change:
     return loaded(lambda path: path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)]))
+
+
+def starting(without: tuple[str, ...] = (), **changes: Any) -> Change:
+    """Starts from an episode that is changed, of whose JSON some keys are taken away."""
+
+    def play(folder: Path) -> None:
+        path = write_demos(folder / "demos.h5", [scripted_episode(5) | changes])
+        meta = json.loads(path.with_suffix(".json").read_text())
+        for key in without:
+            del meta["episodes"][0][key]
+        path.with_suffix(".json").write_text(json.dumps(meta))
+        DemoStarts(path)
+
+    return play
 
 
 def of_state(layout: Any) -> Change:
@@ -250,6 +265,17 @@ CASES = [
         "more demos than there are",
         lambda folder: load_demos(write_demos(folder / "demos.h5", [scripted_episode(3)]), num_demos=2),
         r"demos.h5 holds 1 episodes, but num_demos=2 were asked for",
+    ),
+    Case("starts from demos without states", starting(), r"demos.h5:traj_0 has no 'env_states': record the demos with exam"),
+    Case(
+        "starts from demos with too few states",
+        starting(env_states={"actors/cube": np.zeros((3, 13))}),
+        r"demos.h5:traj_0/env_states/actors/cube has 3 entries, expected 6",
+    ),
+    Case(
+        "starts from demos without seeds",
+        starting(("reset_kwargs",), env_states={"actors/cube": np.zeros((6, 13))}),
+        r"demos.json: traj_0 has no 'reset_kwargs' with one 'seed', found None",
     ),
     Case(
         "no demos asked for",

@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -80,38 +82,75 @@ def test_the_tables_of_the_benchmark_are_those_of_its_report(monkeypatch: pytest
     assert block("bench", SPEED) == importlib.import_module("benchmark.report").markdown(report)
 
 
-def test_the_tables_of_recipes_are_those_of_their_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tasks_report(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(EXAMPLES)
-    report = importlib.import_module("tasks_report")
-    rows = report.rows()
-    pd.testing.assert_frame_equal(rows, pd.read_csv(RESULTS / "tasks.csv"))
-    for path, places in report.PAGES.items():
+    return importlib.import_module("tasks_report")
+
+
+def test_the_tables_of_recipes_are_those_of_their_reports(tasks_report: Any) -> None:
+    kept = pd.read_csv(RESULTS / "tasks.csv")
+    assert not kept.duplicated(tasks_report.KEYS).any()
+    pd.testing.assert_frame_equal(tasks_report.evaluations(), kept)
+    for path, places in tasks_report.PAGES.items():
         for name, make in places.items():
-            assert block(name, path.read_text()) == make(rows), f"{path.name}, {name}: run examples/tasks_report.py"
+            assert block(name, path.read_text()) == make(kept), f"{path.name}, {name}: run examples/tasks_report.py"
 
 
-def test_headline_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two seeds of one task: the better control by its mean, ranges, and which seeds it beats."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    report = importlib.import_module("tasks_report")
-    successes = dict(prior=(0.2, 0.4), zero=(0.5, 0.7), ticket=(0.9, 0.1), stage2=(0.8, 0.6))
-    found = pd.DataFrame(
-        dict(
-            method=name, env_id="Push", seed=seed, env_steps=1000 * seed, success_at_end=success, deterministic=name != "prior"
-        )
-        | dict(ci_low=0.0, ci_high=1.0)
+def test_rows_without_a_report_are_kept(tasks_report: Any, tmp_path: Path) -> None:
+    found = tasks_report.rows()
+    older = found[:2].assign(success_at_end=0.123)
+    by_hand = found[:3].assign(env_id="PushCube-v1 rgb", success_at_end=[0.1, 1 / 3, 0.3])
+    pd.concat([older, by_hand]).to_csv(tmp_path / "tasks.csv", index=False)
+    assert tasks_report.evaluations(csv=tmp_path / "other.csv").equals(found)
+    merged = tasks_report.evaluations(csv=tmp_path / "tasks.csv")
+    assert merged[: len(found)].equals(found) and len(merged) == len(found) + 3
+    assert merged[len(found) :].success_at_end.tolist() == by_hand.success_at_end.tolist()  # to the last bit
+
+
+def made_up(successes: dict[str, tuple[float, ...]]) -> pd.DataFrame:
+    """Evaluations of 10 episodes, one task, a seed after the other."""
+    return pd.DataFrame(
+        dict(method=name, env_id="Push", seed=seed, env_steps=1000 * seed, episodes=10, success_at_end=success)
+        | dict(deterministic=name != "prior")
         for name, values in successes.items()
         for seed, success in enumerate(values)
     )
-    cells = "| Push | 0.30 (0.20–0.40) | w = 0: 0.60 (0.50–0.70) | **0.70 (0.60–0.80)** | 1,000 | 2 |"
-    assert report.headline(found).splitlines()[2] == cells
-    assert report.reading(found).splitlines() == ["- with every seed: none", "- with some seeds: Push", "- with no seed: none"]
-    one = found[found.seed == 0]
-    assert "| 0.20 (0.00–1.00) | best fixed w: 0.90 (0.00–1.00) | **0.80" in report.headline(one)
-    mean, low, high = report.aggregate(found, "stage2")
+
+
+def test_headline_by_hand(tasks_report: Any) -> None:
+    """Two seeds of one task: the better control over both, intervals of 20 episodes, and which seeds it beats."""
+    found = made_up(dict(prior=(0.2, 0.4), zero=(0.5, 0.7), ticket=(0.9, 0.1), stage2=(0.8, 0.6)))
+    # Wilson's formula: centre (p + z^2 / 2n) / (1 + z^2 / n), here for 6, 12 and 14 of 20
+    assert tasks_report.headline(found).splitlines()[2] == (
+        "| Push | 0.30 (0.15–0.52) | w = 0: 0.60 (0.39–0.78) | **0.70 (0.48–0.85)** | 1,000 | 2 |"
+    )
+    for successes, low, high in ((6, 0.15, 0.52), (12, 0.39, 0.78), (14, 0.48, 0.85)):
+        p, n, z = successes / 20, 20, 1.96
+        half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+        ends = [(p + z**2 / (2 * n) + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
+        assert ends == pytest.approx([low, high], abs=0.005)
+    assert tasks_report.reading(found).splitlines() == [
+        "- with every seed: none",
+        "- with some seeds: Push",
+        "- with no seed: none",
+    ]
+    assert "| Push | 2 | 0.30 (0.20–0.40) | 0.60 (0.50–0.70) |" in tasks_report.by_seeds(found)
+    assert "| Push | 1 | 0.20 | 0.50 | 0.90 | not run | 0.80 | not run |" in tasks_report.by_seeds(found[found.seed == 0])
+    mean, low, high = tasks_report.aggregate(found, "stage2")
     assert (mean, low, high) == (pytest.approx(0.7), pytest.approx(0.6), pytest.approx(0.8))
     with pytest.raises(ValueError, match="no <!-- other -->"):
-        report.fill("text", "other", "table")
+        tasks_report.fill("text", "other", "table")
+
+
+def test_a_task_that_is_not_finished(tasks_report: Any, tmp_path: Path) -> None:
+    whole = made_up(dict(prior=(0.2,), zero=(0.5,), stage2=(0.8,)))
+    found = pd.concat([whole, whole[:1].assign(env_id="Lift")], ignore_index=True)
+    assert "| Lift | 0.20 (0.06–0.51) | not run | **not run** | not run | 1 |" in tasks_report.headline(found)
+    assert "Lift" not in tasks_report.reading(found)
+    assert tasks_report.aggregate(found, "control")[0] == 0.5
+    tasks_report.plot(tmp_path / "tasks.png", found)
+    assert (tmp_path / "tasks.png").is_file()
 
 
 #: Figures of the prose that no table on the same page shows: what they are

@@ -1,15 +1,21 @@
 """The documentation: its Python runs, its commands exist, its lines are short, and the reference leaves nothing out."""
 
+import inspect
+import math
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from stable_baselines3.common.save_util import load_from_zip_file
 
 import sb3_dsrl
-from sb3_dsrl import VelocityMLP, load_demos, train_flow
+from sb3_dsrl import VelocityMLP, load_demos, policy_defaults, train_flow
+from sb3_dsrl.cli.commands import COMMANDS
+from sb3_dsrl.stage2 import settings
+from sb3_dsrl.stage2.start import START_STD
 from sb3_dsrl.utils.checkpoint import previous
 from tests.pages import DOCS, OWN_TESTS, ROOT, all_markdown, blocks, pages, run_blocks
 from tests.test_awsc import Checkpoint
@@ -85,6 +91,36 @@ def test_commands_exist() -> None:
                     unknown = {flag for flag in given if not {flag, flag.replace("-", "_")} & flags}
                     assert not unknown, f"{path.name}: no script has {unknown}"
     assert n_scripts > 8
+
+
+def test_commands_of_the_package_and_their_flags() -> None:
+    table = (DOCS / "scripts.md").read_text()
+    for name, about in COMMANDS.items():
+        assert re.search(rf"^\| `sb3-dsrl {name}` \| `examples/\w+\.py` \| {re.escape(about)} \|$", table, re.MULTILINE), name
+    shown = set()
+    for path in (ROOT / "README.md", *pages()):
+        for block in blocks(path, "bash"):
+            for command in re.findall(r"^sb3-dsrl (\w+)(.*)$", block.text.replace("\\\n", " "), re.MULTILINE):
+                shown.add(command[0])
+                fields = vars(import_module(f"sb3_dsrl.cli.{command[0]}").Args)["__dataclass_fields__"]
+                given = {flag.replace("-", "_") for flag in re.findall(r" --([\w-]+)", command[1])}
+                assert given <= set(fields), f"{path.name}: sb3-dsrl {command[0]} has no {given - set(fields)}"
+    assert shown == set(COMMANDS)
+
+
+def test_settings_in_the_text_are_those_of_the_code() -> None:
+    full, shared = policy_defaults("full"), policy_defaults("shared")
+    text = (DOCS / "training.md").read_text()
+    assert f"| std at the start | {math.exp(full['log_std_init']):.2f}, or {math.exp(shared['log_std_init']):.1f} with" in text
+    assert f"| noises from the prior | {full['prior_mix']:.0%} at the start, or none with" in text and not shared["prior_mix"]
+    assert (settings.MAX_LR, settings.LR_TIMES_ENTRIES) == (3e-4, 3.2e-3) and settings.LR_TIMES_ENTRIES / 64 == 5e-5
+    for page in ("training.md", "faq.md"):
+        assert "`min(3e-4, 3.2e-3 / entries)`" in (DOCS / page).read_text()
+    assert full["value_lr"] == 1e-3 and "| learning rate of the value function | 1e-3 at the start" in text
+    assert f"fit the number of envs: {settings.ROLLOUT_SIZE} macro-steps a rollout, a quarter" in text
+    assert settings.N_MINIBATCHES == 4 and f"with a std of {START_STD} around" in text
+    assert inspect.signature(sb3_dsrl.DemoStarts).parameters["true_starts"].default == 0.25
+    assert "A quarter of the episodes are true starts" in " ".join(text.split())
 
 
 def test_lines_of_prose_are_short() -> None:

@@ -153,10 +153,20 @@ def test_a_task_that_is_not_finished(tasks_report: Any, tmp_path: Path) -> None:
     assert (tmp_path / "tasks.png").is_file()
 
 
+def test_latent_sac_and_ppo() -> None:
+    kept = json.loads((RESULTS / "latent_sac.json").read_text())
+    ppo, sac = kept["success_at_end"]["ppo"], kept["success_at_end"]["latent_sac"]
+    text = " ".join(PAGE.split())
+    assert f"After {kept['env_steps']:,} env steps PPO had a success of {ppo['deterministic']} at the end" in text
+    assert f"and {ppo['sampled']} sampled; `LatentSAC`" in text and f"played for {kept['episodes']} episodes" in text
+    assert f'`critic="noise"` had {sac["deterministic"]}, and {sac["sampled"]} sampled' in text
+
+
 #: Figures of the prose that no table on the same page shows: what they are
 STATED = {
     "0.9": "an example of a success, with the half width of its interval",
     "0.06": "that half width",
+    **dict.fromkeys(("0.74", "0.83", "0.45", "0.42"), "PPO and LatentSAC, tested above"),
     "0.98": "tested above",
     "0.93": "tested above",
     "0.03": "tested above",

@@ -158,6 +158,7 @@ def main(args: Args) -> None:
 
     # Stage 1: which noises went well? No gradient ever reaches the flow.
     model = PPO("LatentPolicy", env, **ppo_kwargs(env, **recipe.ppo), seed=args.seed, tensorboard_log=str(log))
+    add_row("narrow", model, deterministic=False)  # untrained, it plays the prior at its own smaller std
     rollouts = collect_rollouts(flow, env, recipe.rollout_episodes, seed=args.seed, progress_bar=True)
     pretrain_latent(model, rollouts=rollouts, tensorboard_log=log / "stage1", progress_bar=True)
     model.policy.save(str(output / "stage1.pt"))

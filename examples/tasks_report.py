@@ -84,7 +84,7 @@ def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
                     "episodes": row["episodes"],
                     "success_once": row["success_once"],
                     "success_at_end": row["success_at_end"],
-                    "deterministic": row["name"] != "prior" and not row["name"].endswith("_stochastic"),
+                    "deterministic": row["name"] not in ("prior", "narrow") and not row["name"].endswith("_stochastic"),
                     "wall_seconds": report["wall_seconds"],
                     "ci_low": row["ci_low"],
                     "ci_high": row["ci_high"],

@@ -132,7 +132,7 @@ def test_quickstart(quickstart: tuple[Path, str]) -> None:
     assert (report["env_id"], report["seed"]) == ("PushCube-v1", 3)
     assert 1000 <= report["env_steps"] <= 2000 + 2048
     names = [row["name"] for row in report["rows"]]
-    assert names == ["prior", "zero", "ticket", "stage1", "stage1_stochastic", "stage2", "stage2_stochastic"]
+    assert names == ["prior", "zero", "ticket", "narrow", "stage1", "stage1_stochastic", "stage2", "stage2_stochastic"]
     for row in report["rows"]:
         assert row.keys() >= {"name", "episodes", "success_once", "success_at_end", "ci_low", "ci_high", "return"}
         assert row["episodes"] == 4 and row["ci_low"] <= row["success_at_end"] <= row["ci_high"]

@@ -96,7 +96,7 @@ def test_commands_exist() -> None:
 def test_commands_of_the_package_and_their_flags() -> None:
     table = (DOCS / "scripts.md").read_text()
     for name, about in COMMANDS.items():
-        assert re.search(rf"^\| `sb3-dsrl {name}` \| `examples/\w+\.py` \| {re.escape(about)} \|$", table, re.MULTILINE), name
+        assert re.search(rf"^\| `sb3-dsrl {name}` \| {re.escape(about)} \| `examples/\w+\.py` \|$", table, re.MULTILINE), name
     shown = set()
     for path in (ROOT / "README.md", *pages()):
         for block in blocks(path, "bash"):

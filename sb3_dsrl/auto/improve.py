@@ -72,7 +72,8 @@ def improve(
     First :func:`~sb3_dsrl.steerability` tries the flow and the free controls, w = 0 and fixed noises. Stage 1 starts close
     around the better of them and learns from rollouts; stage 2 goes on with stock PPO, value function first, with a bound on
     how far it may fall. In the end :func:`~sb3_dsrl.choose_policy` plays all of them from fresh starts, the same for all, and
-    keeps the best that is shown to beat the flow. If none is, the flow itself comes back, which then is to be sampled
+    keeps the best that is shown to beat the flow. What stage 1 starts from and what stage 2 learned are tried sampled, too:
+    where a policy gets stuck, noise can free it. If none beats the flow, it is the flow that comes back, to be sampled
     (``policy.deterministic`` is False). So what comes out is worse than the flow with a chance of alpha at most.
 
     Every env step is counted, evaluations included. Only if episodes are longer than those of the first few, more may be spent
@@ -139,12 +140,14 @@ class _Improvement:
         actors: dict[str, Actor] = {"base": "prior", "zero": "zero", "ticket": found.search.w}
 
         model = self._model(found)
+        actors["narrow"] = SteeredPolicy(flow, _latent_policy(model).copy(), deterministic=False)
         gate = self._stage1(model, flow)
         if gate.passed:
             actors["stage1"] = _latent_policy(model).copy()
         curve = self._stage2(model)
         if curve:
             actors["stage2"] = _latent_policy(model).copy()
+            actors["stage2_stochastic"] = SteeredPolicy(flow, _latent_policy(model).copy(), deterministic=False)
         with self.steps.part("choice"):
             choice = choose_policy(
                 actors,
@@ -154,8 +157,10 @@ class _Improvement:
                 seed=CHOICE_SEED + 500_000 + self.seed,
             )
         assert gate.choice is not None
-        latent = choice.actor if isinstance(choice.actor, LatentPolicy) else self._latent(choice.actor)
-        policy = SteeredPolicy(flow, latent, deterministic=choice.name != "base")
+        policy = choice.actor
+        if not isinstance(policy, SteeredPolicy):
+            latent = policy if isinstance(policy, LatentPolicy) else self._latent(policy)
+            policy = SteeredPolicy(flow, latent, deterministic=choice.name != "base")
         seconds = time.time() - began
         kept = bool(gate.passed)
         policy.report = ImproveReport(

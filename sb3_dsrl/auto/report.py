@@ -40,7 +40,7 @@ class ImproveReport:
 
     @property
     def name(self) -> str:
-        """What is deployed: "base", "zero", "ticket", "stage1" or "stage2"."""
+        """What is deployed: "base", "zero", "ticket", "narrow", "stage1", "stage2" or "stage2_stochastic"."""
         return self.choice.name
 
     @property

@@ -115,7 +115,7 @@ def select(task: pd.DataFrame, name: str) -> pd.DataFrame:
     :param name: of a row in a report, such as ``stage2_stochastic``
     :return: the row of each seed
     """
-    sampled = name == "prior" or name.endswith("_stochastic")
+    sampled = name in ("prior", "narrow") or name.endswith("_stochastic")
     return task[(task.method == name.removesuffix("_stochastic")) & (task.deterministic != sampled)]
 
 

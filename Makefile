@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PY_LEROBOT := .venv-lerobot/bin/python
 STAMP_LEROBOT := .venv-lerobot/.installed
 
-.PHONY: help setup demo bench test test-lerobot test-zoo test-metaworld identity faults soak check format clean
+.PHONY: help setup demo bench test test-lerobot test-zoo test-metaworld identity faults soak check format docs docs-links notebook .docs-tools clean
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
@@ -18,6 +18,9 @@ help:
 	@echo "make faults          break everything that can break, and print what comes of it"
 	@echo "make soak [MINUTES=30] kill workers at random during stage 2"
 	@echo "make check           lint, formatting, types, the order of the rooms"
+	@echo "make docs            build the documentation into docs/_build/html; a warning is an error"
+	@echo "make docs-links      look whether its links to other sites work; needs the net"
+	@echo "make notebook        run docs/tutorial.ipynb and keep its output"
 	@echo "make format          format the code and fix what ruff can fix"
 	@echo "make setup           create .venv and install everything (the targets above do it themselves)"
 	@echo "make clean           remove caches and build outputs"
@@ -71,8 +74,20 @@ format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+.docs-tools: setup
+	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"
+
+docs: .docs-tools
+	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+docs-links: .docs-tools
+	$(PY) -m sphinx -b linkcheck docs docs/_build/links
+
+notebook: .docs-tools
+	$(PY) -m jupyter execute --inplace docs/tutorial.ipynb
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find sb3_dsrl examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp holds this folder's path: a .venv that was copied here, or whose Python is gone, is set up again.

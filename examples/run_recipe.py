@@ -178,7 +178,9 @@ def main(args: Args) -> None:
     model.learn(total_timesteps=macro_steps, callback=curve, progress_bar=True, tb_log_name="stage2")
     stage2_seconds = time.time() - stage2_start
     model.save(output / "model.zip")
-    SteeredPolicy.of(model).save_pretrained(output / "policy")
+    policy = SteeredPolicy.of(model)
+    policy.deterministic = recipe.deterministic
+    policy.save_pretrained(output / "policy")
     add_row("stage2", model)
     add_row("stage2_stochastic", model, deterministic=False)
     env.close()
@@ -186,6 +188,7 @@ def main(args: Args) -> None:
     report = {
         "env_id": recipe.name,
         "seed": args.seed,
+        "deterministic": recipe.deterministic,
         "env_steps": curve.env_steps,
         "stage1_env_steps": rollouts.env_steps,
         "stage0_seconds": round(stage0_seconds, 1),
@@ -195,7 +198,7 @@ def main(args: Args) -> None:
     }
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(output / "report.png", f"{recipe.name}, seed {args.seed}", curve, rows)
-    actors: dict[str, Actor] = {"before.mp4": "prior", "after.mp4": model}
+    actors: dict[str, Actor] = {"before.mp4": "prior", "after.mp4": policy}
     for name, actor in actors.items() if args.video_episodes else ():
         record_video(output / name, eval_env, actor, args.video_episodes, seed=EVAL_SEED, progress_bar=True)
     eval_env.close()

@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where 
 multiprocessing.set_forkserver_preload(["pytest", "sb3_dsrl.envs.maniskill", "sb3_dsrl.envs.ray_workers", "tests.envs"])
 
 #: Files that take longest come first, so that no process is left with one of them when the others have finished.
-LONGEST = ("readme", "examples", "scripts", "compare", "workers", "images", "conformance")
+LONGEST = ("readme", "examples", "scripts", "docs", "compare", "workers", "images", "conformance")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

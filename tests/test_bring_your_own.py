@@ -1,6 +1,5 @@
 """The page ``docs/bring_your_own.md``: its blocks, and SB3's tools on a Pendulum that a ten-line policy steers."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from sb3_dsrl import (
     ppo_kwargs,
     pretrain_latent,
 )
+from tests.pages import DOCS, blocks
 
-PAGE = Path(__file__).parent.parent / "docs" / "bring_your_own.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+PAGE = DOCS / "bring_your_own.md"
+BLOCKS = [block.text for block in blocks(PAGE, "python")]
 H, LIMIT = 2, 30
 
 

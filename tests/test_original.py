@@ -15,11 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sb3_dsrl import LatentPolicy, SteeredPolicy
 from sb3_dsrl.steering.contract import Contract
 from tests import test_awsc
+from tests.pages import DOCS, blocks
 from tests.scripts import EXAMPLES, run_script
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = EXAMPLES.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "original.md").read_text(), flags=re.DOTALL)
+PAGE = DOCS / "original.md"
+BLOCKS = [block.text for block in blocks(PAGE, "python")]
 COMMON = (
     *("--env_id", "PushCube-v1", "--awsc_checkpoint", "best_eval_success_once.pt", "--obs_mode", "state", "--seed", 0),
     *("--control_mode", "pd_joint_delta_pos", "--sim_backend", "physx_cpu", "--steer_mode", "act_horizon", "--act_horizon", 8),
@@ -131,7 +133,7 @@ def test_the_page(tmp_path: Path) -> None:
 
 
 def test_the_page_names_every_flag_of_the_original() -> None:
-    text = (ROOT / "docs" / "original.md").read_text()
+    text = PAGE.read_text()
     for flag in (*COMMON, *STAGE_1, *STAGE_2):
         if str(flag).startswith("--") and flag not in ("--ppo_epochs", "--prior_mix_decay", "--ppo_clip", "--entropy_coef"):
             assert str(flag) in text, flag

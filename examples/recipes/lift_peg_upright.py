@@ -5,7 +5,8 @@ from sb3_dsrl import VelocityMLP
 
 RECIPE = Recipe(
     env_id="LiftPegUpright-v1",
-    demos=dict(num_demos=60, styles=3),
+    demos=dict(num_demos=30, styles=3),
     flow=dict(net_class=VelocityMLP, obs_horizon=2, pred_horizon=8, act_horizon=4, num_steps=4, n_iterations=3_000),
-    total_timesteps=200_000,
+    total_timesteps=600_000,
+    ppo=dict(policy_kwargs=dict(log_std_init=-1.2)),  # a std of 0.3
 )

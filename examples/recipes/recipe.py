@@ -24,6 +24,7 @@ class Recipe:
     :param ticket_rounds: of :func:`sb3_dsrl.find_ticket`, a control that no stage uses
     :param rollout_episodes: stage 1 learns from so many episodes of the frozen flow
     :param total_timesteps: budget of stages 1 and 2 in env steps
+    :param deterministic: the result plays the mean of the latent policy; otherwise it samples, which frees an arm that is stuck
     :param ppo: arguments of PPO that replace those of :func:`sb3_dsrl.ppo_kwargs`
     """
 
@@ -31,6 +32,7 @@ class Recipe:
     variant: str = ""
     flow: Mapping[str, Any]
     total_timesteps: int
+    deterministic: bool = True
     demos: Mapping[str, Any] = field(default_factory=dict)
     spatial_features: bool = True
     critic_iterations: int = 0

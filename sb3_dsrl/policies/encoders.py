@@ -75,14 +75,14 @@ class ObsEncoder(Network):
 
     def encode_frames(self, frames: Any) -> th.Tensor:
         """
-        :param frames: (n, *shape), or a dict of such
+        :param frames: ``(n, *shape)``, or a dict of such
         :return: (n, F)
         """
         raise NotImplementedError
 
     def forward(self, obs: Any) -> th.Tensor:
         """
-        :param obs: (B, obs_horizon, *shape), or a dict of such
+        :param obs: ``(B, obs_horizon, *shape)``, or a dict of such
         :return: (B, C)
         :raises ValueError: if keys or shapes are others
         """

@@ -176,12 +176,12 @@ class Steering:
 
     def prior(self, *batch: int, generator: th.Generator | None = None, device: th.device | str = "cpu") -> th.Tensor:
         """
-        Draws N(0, I) for what is steered, completed to all T entries; :attr:`rows` are what is steered.
+        Draws N(0, I) for what is steered, completed to all T entries; ``rows`` are what is steered.
 
         :param batch: leading dimensions
         :param generator: None is torch's global one of the device
         :param device: where it is drawn
-        :return: (*batch, T, A)
+        :return: ``(*batch, T, A)``
         """
         noise = th.randn(*batch, *self.flow.noise_shape, generator=generator, device=device)
         return noise[..., self.rows, :].expand_as(noise) if self.contract.steer_mode == "shared" else noise

@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PY_LEROBOT := .venv-lerobot/bin/python
 STAMP_LEROBOT := .venv-lerobot/.installed
 
-.PHONY: help setup demo bench test test-lerobot test-zoo identity faults soak check format docs docs-links notebook .docs-tools clean
+.PHONY: help setup demo bench test test-lerobot test-zoo test-metaworld identity faults soak check format docs docs-links notebook .docs-tools clean
 
 help:
 	@echo "make demo [SEED=0]   improve a frozen flow policy on PushCube-v1; results in runs/quickstart"
@@ -13,6 +13,7 @@ help:
 	@echo "make test            run the tests"
 	@echo "make test-lerobot    run the tests that need LeRobot, in .venv-lerobot"
 	@echo "make test-zoo        run the tests that need rl-zoo3, in .venv-zoo"
+	@echo "make test-metaworld  run the tests that need MetaWorld, in .venv-metaworld"
 	@echo "make identity        the fast simulator against ManiSkill's own, bit for bit, on every task that builds"
 	@echo "make faults          break everything that can break, and print what comes of it"
 	@echo "make soak [MINUTES=30] kill workers at random during stage 2"
@@ -46,6 +47,13 @@ test-zoo: setup
 	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(echo .venv-zoo/lib/python*/site-packages)/below.pth"
 	.venv-zoo/bin/python -m pip install -q "rl_zoo3>=2.9"
 	PYTHONPATH=. .venv-zoo/bin/python -m pytest -q tests/test_zoo.py
+
+# An environment over .venv, with MetaWorld and EnvPool.
+test-metaworld: setup
+	$(PY) -m venv .venv-metaworld
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(echo .venv-metaworld/lib/python*/site-packages)/below.pth"
+	.venv-metaworld/bin/python -m pip install -q -c constraints.txt "metaworld>=3.1" "envpool>=1.2.5"
+	PYTHONPATH=. .venv-metaworld/bin/python -m pytest -q tests/test_meta_world.py
 
 identity: setup
 	$(PY) -m pytest -q -rs -n logical -m exhaustive tests/test_fast.py tests/test_stack.py

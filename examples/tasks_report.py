@@ -1,6 +1,7 @@
-"""The tables and the figure of all tasks, from the reports of run_recipe.py.
+"""The tables and the figure of all tasks, from the reports of run_recipe.py or meta_world.py.
 
     python examples/tasks_report.py
+    python examples/tasks_report.py examples/results/metaworld --output examples/results/metaworld.csv --no_pages
 
 Reads the kept reports, brings the CSV up to date, which has a row for each evaluation, draws a figure of it, and puts the
 tables into the README and the documentation. Rows of the CSV that no report has stay as they are.
@@ -54,7 +55,7 @@ REPORTS = (RESULTS / "quickstart", RESULTS / "recipes")
 
 @dataclass
 class Args:
-    """One table from the reports of run_recipe.py."""
+    """One table from the reports of run_recipe.py or meta_world.py."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = REPORTS
     """Folders of the reports."""
@@ -91,7 +92,7 @@ def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
                 }
             )
     if not found:
-        raise ValueError(f"{' and '.join(map(str, folders))} hold no report.json of run_recipe.py")
+        raise ValueError(f"{' and '.join(map(str, folders))} hold no report.json of run_recipe.py or meta_world.py")
     return pd.DataFrame(found)
 
 

@@ -31,6 +31,7 @@ COLUMNS = {
     "prior": "w ~ N(0, I)",
     "zero": "w = 0",
     "ticket": "best fixed w",
+    "narrow": "narrowed prior",
     "stage1": "stage 1",
     "stage2": "**stage 2**",
     "stage2_stochastic": "stage 2, sampled",
@@ -38,7 +39,7 @@ COLUMNS = {
 
 
 #: What needs no training: one of these is the bar for a steered policy.
-CONTROLS = {"zero": "w = 0", "ticket": "best fixed w"}
+CONTROLS = {"zero": "w = 0", "ticket": "best fixed w", "narrow": "narrowed prior"}
 
 #: What tells evaluations apart.
 KEYS = ["method", "env_id", "seed", "deterministic"]
@@ -68,13 +69,15 @@ class Args:
 def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
     """
     :param folders: of the reports
-    :return: every evaluation, in the columns of compare/results.csv, and its interval
+    :return: every evaluation, in the columns of compare/results.csv, its interval, and whether the policy that comes out is
+        played so
     """
     found: list[dict[str, Any]] = []
     for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
         report = json.loads(path.read_text())
         for row in report["rows"]:
             name = row["name"].removesuffix("_stochastic")
+            sampled = row["name"].endswith("_stochastic")
             spent = {"stage1": report["stage1_env_steps"], "stage2": report["env_steps"]}
             found.append(
                 {
@@ -85,10 +88,11 @@ def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
                     "episodes": row["episodes"],
                     "success_once": row["success_once"],
                     "success_at_end": row["success_at_end"],
-                    "deterministic": row["name"] not in ("prior", "narrow") and not row["name"].endswith("_stochastic"),
+                    "deterministic": row["name"] not in ("prior", "narrow") and not sampled,
                     "wall_seconds": report["wall_seconds"],
                     "ci_low": row["ci_low"],
                     "ci_high": row["ci_high"],
+                    "deployed": name == "stage2" and sampled != report.get("deterministic", True),
                 }
             )
     if not found:
@@ -155,7 +159,7 @@ def spread(of: pd.DataFrame) -> str:
 def best_control(task: pd.DataFrame) -> str | None:
     """
     :param task: rows of one task
-    :return: the control with the highest success over all seeds; of two equal ones the cheaper, w = 0; None if none was run
+    :return: the control with the highest success over all seeds; of equal ones the first; None if none was run
     """
     run = [name for name in CONTROLS if len(select(task, name))]
     return max(run, key=lambda name: pooled(select(task, name))[0], default=None)
@@ -180,10 +184,11 @@ def headline(table: pd.DataFrame) -> str:
     """
     lines = ["| task | base | best free control | **steered** | env steps | seeds |", "|---|---|---|---|---|---|"]
     for env_id, task in table.groupby("env_id", sort=False):
-        control, steered = best_control(task), select(task, "stage2")
+        control, steered = best_control(task), task[task.deployed]
         best = NONE if control is None else f"{CONTROLS[control]}: {success(select(task, control))}"
         steps = f"{steered.env_steps.max():,}" if len(steered) else NONE
-        cells = [str(env_id), success(select(task, "prior")), best, f"**{success(steered)}**", steps, str(task.seed.nunique())]
+        result = f"**{success(steered)}**" + ("" if steered.deterministic.all() else ", sampled")
+        cells = [str(env_id), success(select(task, "prior")), best, result, steps, str(task.seed.nunique())]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -198,7 +203,7 @@ def reading(table: pd.DataFrame) -> str:
         control = best_control(task)
         if control is None:
             continue
-        steered, best = (select(task, name).set_index("seed").success_at_end for name in ("stage2", control))
+        steered, best = (of.set_index("seed").success_at_end for of in (task[task.deployed], select(task, control)))
         better = (steered - best).dropna() > 0
         if len(better):
             found["every seed" if better.all() else "some seeds" if better.any() else "no seed"].append(str(env_id))
@@ -229,9 +234,11 @@ def fill(text: str, name: str, table: str) -> str:
 def of_kind(task: pd.DataFrame, kind: str) -> pd.DataFrame:
     """
     :param task: rows of one task
-    :param kind: ``control``, the best one of the task, or the name of a row in a report
+    :param kind: ``control``, the best one of the task, ``steered``, or the name of a row in a report
     :return: the row of each seed
     """
+    if kind == "steered":
+        return task[task.deployed]
     name = best_control(task) if kind == "control" else kind
     return task[:0] if name is None else select(task, name)
 
@@ -260,7 +267,7 @@ def plot(path: Path, table: pd.DataFrame) -> None:
     """
     tasks = [(str(env_id), task) for env_id, task in table.groupby("env_id", sort=False)]
     kinds = {"prior": ("frozen flow, random noise", "0.55"), "control": ("best free control", "tab:orange")}
-    kinds["stage2"] = ("steered (stages 1 and 2)", "tab:blue")
+    kinds["steered"] = ("steered (stages 1 and 2)", "tab:blue")
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 0.62 * len(tasks) + 1.5), width_ratios=(3, 1.2), constrained_layout=True
     )

@@ -108,11 +108,12 @@ def test_rows_without_a_report_are_kept(tasks_report: Any, tmp_path: Path) -> No
     assert merged[len(found) :].success_at_end.tolist() == by_hand.success_at_end.tolist()  # to the last bit
 
 
-def made_up(successes: dict[str, tuple[float, ...]]) -> pd.DataFrame:
-    """Evaluations of 10 episodes, one task, a seed after the other."""
+def made_up(successes: dict[str, tuple[float, ...]], deployed: str = "stage2") -> pd.DataFrame:
+    """Evaluations of 10 episodes, one task, a seed after the other; the name of a row is that of a report."""
     return pd.DataFrame(
-        dict(method=name, env_id="Push", seed=seed, env_steps=1000 * seed, episodes=10, success_at_end=success)
-        | dict(deterministic=name != "prior")
+        dict(method=name.removesuffix("_stochastic"), env_id="Push", seed=seed, env_steps=1000 * seed, episodes=10)
+        | dict(success_at_end=success, deployed=name == deployed)
+        | dict(deterministic=name not in ("prior", "narrow") and not name.endswith("_stochastic"))
         for name, values in successes.items()
         for seed, success in enumerate(values)
     )
@@ -136,11 +137,22 @@ def test_headline_by_hand(tasks_report: Any) -> None:
         "- with no seed: none",
     ]
     assert "| Push | 2 | 0.30 (0.20–0.40) | 0.60 (0.50–0.70) |" in tasks_report.by_seeds(found)
-    assert "| Push | 1 | 0.20 | 0.50 | 0.90 | not run | 0.80 | not run |" in tasks_report.by_seeds(found[found.seed == 0])
-    mean, low, high = tasks_report.aggregate(found, "stage2")
+    assert "| Push | 1 | 0.20 | 0.50 | 0.90 | not run | not run | 0.80 | not run |" in tasks_report.by_seeds(found[found.seed == 0])
+    mean, low, high = tasks_report.aggregate(found, "steered")
     assert (mean, low, high) == (pytest.approx(0.7), pytest.approx(0.6), pytest.approx(0.8))
     with pytest.raises(ValueError, match="no <!-- other -->"):
         tasks_report.fill("text", "other", "table")
+
+
+def test_a_policy_that_samples(tasks_report: Any) -> None:
+    """What is deployed counts, and the narrowed prior, which also samples, may be the best control."""
+    successes = dict(prior=(0.2,), zero=(0.5,), ticket=(0.3,), narrow=(0.6,), stage2=(0.5,), stage2_stochastic=(0.8,))
+    found = made_up(successes, deployed="stage2_stochastic")
+    line = tasks_report.headline(found).splitlines()[2]
+    assert "| narrowed prior: 0.60 (0.31–0.83) | **0.80 (0.49–0.94)**, sampled |" in line
+    assert "with every seed: Push" in tasks_report.reading(found)
+    assert tasks_report.aggregate(found, "steered")[0] == 0.8
+    assert "| 0.20 | 0.50 | 0.30 | 0.60 | not run | 0.50 | 0.80 |" in tasks_report.by_seeds(found)
 
 
 def test_a_task_that_is_not_finished(tasks_report: Any, tmp_path: Path) -> None:

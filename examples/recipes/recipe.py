@@ -24,7 +24,7 @@ class Recipe:
     :param ticket_rounds: of :func:`sb3_dsrl.find_ticket`, a control that no stage uses
     :param rollout_episodes: stage 1 learns from so many episodes of the frozen flow
     :param total_timesteps: budget of stages 1 and 2 in env steps
-    :param deterministic: the result plays the mean of the latent policy; otherwise it samples, which frees an arm that is stuck
+    :param deterministic: the result plays the latent policy's mean; otherwise it samples, which frees an arm that is stuck
     :param ppo: arguments of PPO that replace those of :func:`sb3_dsrl.ppo_kwargs`
     """
 

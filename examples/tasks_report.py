@@ -1,7 +1,6 @@
 """The tables and the figure of all tasks, from the reports of run_recipe.py or meta_world.py.
 
     python examples/tasks_report.py
-    python examples/tasks_report.py examples/results/metaworld --output examples/results/metaworld.csv --no_pages
 
 Reads the kept reports, brings the CSV up to date, which has a row for each evaluation, draws a figure of it, and puts the
 tables into the README and the documentation. Rows of the CSV that no report has stay as they are.
@@ -51,7 +50,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
 
 #: Where reports are kept; those of ``make demo`` have 200 episodes.
-REPORTS = (RESULTS / "quickstart", RESULTS / "recipes")
+REPORTS = (RESULTS / "quickstart", RESULTS / "recipes", RESULTS / "metaworld")
 
 
 @dataclass
@@ -62,8 +61,6 @@ class Args:
     """Folders of the reports."""
     output: Path = RESULTS / "tasks.csv"
     """The CSV, whose other rows are kept; the figure lies beside it."""
-    pages: bool = True
-    """Put the tables into the README and the documentation."""
 
 
 def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
@@ -304,7 +301,7 @@ def main(args: Args) -> None:
     table = evaluations(args.folders, args.output)
     table.to_csv(args.output, index=False)
     plot(args.output.with_suffix(".png"), table)
-    for path, places in PAGES.items() if args.pages else ():
+    for path, places in PAGES.items():
         text = path.read_text()
         for name, make in places.items():
             text = fill(text, name, make(table))

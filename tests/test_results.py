@@ -195,10 +195,3 @@ def test_figures_in_the_text_are_accounted_for(page: str) -> None:
     assert set(re.findall(r"(?<![\w.])0\.\d+", prose)) <= STATED.keys()
     half_width = 1.96 * (0.9 * 0.1 / 100) ** 0.5
     assert half_width == pytest.approx(0.06, abs=0.002)
-
-
-def test_the_table_of_metaworld_is_that_of_its_reports(tasks_report: Any) -> None:
-    found = tasks_report.rows([RESULTS / "metaworld"])
-    pd.testing.assert_frame_equal(found, pd.read_csv(RESULTS / "metaworld.csv"))
-    assert not found.duplicated(tasks_report.KEYS).any()
-    assert (found.episodes == 100).all() and (found.env_steps <= 300_000).all()

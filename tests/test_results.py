@@ -137,7 +137,9 @@ def test_headline_by_hand(tasks_report: Any) -> None:
         "- with no seed: none",
     ]
     assert "| Push | 2 | 0.30 (0.20–0.40) | 0.60 (0.50–0.70) |" in tasks_report.by_seeds(found)
-    assert "| Push | 1 | 0.20 | 0.50 | 0.90 | not run | not run | 0.80 | not run |" in tasks_report.by_seeds(found[found.seed == 0])
+    assert "| Push | 1 | 0.20 | 0.50 | 0.90 | not run | not run | 0.80 | not run |" in tasks_report.by_seeds(
+        found[found.seed == 0]
+    )
     mean, low, high = tasks_report.aggregate(found, "steered")
     assert (mean, low, high) == (pytest.approx(0.7), pytest.approx(0.6), pytest.approx(0.8))
     with pytest.raises(ValueError, match="no <!-- other -->"):

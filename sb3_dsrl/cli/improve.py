@@ -7,35 +7,29 @@ that SteeredPolicy.from_pretrained plays.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from sb3_dsrl import improve, load_demos
-from sb3_dsrl.cli.common import EvalArgs, FlowArgs, Run, env_kwargs, load_flow, make_env, refuse
+from sb3_dsrl import improve
+from sb3_dsrl.cli.common import EvalArgs, FlowArgs, Run, env_kwargs, load_flow, make_env
+from sb3_dsrl.cli.demo_args import DemoArgs
 
 
 @dataclass(kw_only=True)
-class Args(EvalArgs, FlowArgs):
+class Args(DemoArgs, EvalArgs, FlowArgs):
     """Improve a flow."""
 
     budget: int = 100_000
     """Env steps of everything but the final evaluation."""
     num_envs: int = 8
     """Simulated envs; worker processes share them, one a core."""
-    demo_path: Path | None = None
-    """Demos of the flow, to compare the spread of its actions with."""
-    num_demos: int | None = None
-    """Use the first so many demos; all if not given."""
     alpha: float = 0.05
     """Chance to deploy a policy that is no better than the flow."""
 
 
 def main(args: Args) -> None:
     """Improves, evaluates and saves the policy."""
-    if args.demo_path is None:
-        refuse(dict(num_demos=args.num_demos), "does nothing without --demo_path")
+    demos = args.load_demos()
     flow = load_flow(args, args.awsc_checkpoint)
     env_id, kwargs = env_kwargs(args, flow)
-    demos = None if args.demo_path is None else load_demos(args.demo_path, args.num_demos)
     run = Run("improve", args, env_id)
     policy = improve(
         flow,

@@ -7,22 +7,18 @@ verdict. Text, report.json and steerability.png are in runs/<exp_name>.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from sb3_dsrl import load_demos, steerability
-from sb3_dsrl.cli.common import FlowArgs, Run, load_flow, make_env, refuse
+from sb3_dsrl import steerability
+from sb3_dsrl.cli.common import FlowArgs, Run, load_flow, make_env
+from sb3_dsrl.cli.demo_args import DemoArgs
 
 
 @dataclass(kw_only=True)
-class Args(FlowArgs):
+class Args(DemoArgs, FlowArgs):
     """Steerability of a flow."""
 
     num_envs: int = 8
     """Simulated envs; worker processes share them, one a core."""
-    demo_path: Path | None = None
-    """Demos of the flow, to compare the spread of its actions with."""
-    num_demos: int | None = None
-    """Use the first so many demos; all if not given."""
     episodes: int = 400
     """Episodes, at most."""
     num_tickets: int = 16
@@ -35,10 +31,8 @@ class Args(FlowArgs):
 
 def main(args: Args) -> None:
     """Prints the report and writes it with its figure."""
-    if args.demo_path is None:
-        refuse(dict(num_demos=args.num_demos), "does nothing without --demo_path")
+    demos = args.load_demos()
     flow = load_flow(args, args.awsc_checkpoint)
-    demos = None if args.demo_path is None else load_demos(args.demo_path, args.num_demos)
     env = make_env(args, flow, args.num_envs, args.seed)
     run = Run("steerability", args, args.env_id or str(flow.env_id))
     report = steerability(

@@ -197,3 +197,10 @@ def test_figures_in_the_text_are_accounted_for(page: str) -> None:
     assert set(re.findall(r"(?<![\w.])0\.\d+", prose)) <= STATED.keys()
     half_width = 1.96 * (0.9 * 0.1 / 100) ** 0.5
     assert half_width == pytest.approx(0.06, abs=0.002)
+
+
+def test_metaworld_has_three_tasks_with_three_seeds(tasks_report: Any) -> None:
+    found = tasks_report.rows([RESULTS / "metaworld"])
+    assert found.groupby("env_id").seed.unique().map(sorted).tolist() == [[0, 1, 2]] * 3
+    assert (found.groupby(["env_id", "seed"]).size() == 7).all() and (found.episodes == 100).all()
+    assert (found.env_steps <= 300_000).all()

@@ -190,6 +190,25 @@ def headline(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def demo(table: pd.DataFrame, env_id: str = "PushCube-v1") -> str:
+    """
+    :param table: :func:`evaluations`
+    :param env_id: task, that of ``make demo``
+    :return: a line for each seed: success at the end of base and steered policy with intervals, once / at the end of the rest
+    """
+    heads = list(COLUMNS.values())
+    lines = [f"| seed | {' | '.join(heads)} | env steps |", f"|---|{'---|' * len(heads)}---|"]
+    for seed, run in table[table.env_id == env_id].groupby("seed"):
+        cells = [str(seed)]
+        for name in COLUMNS:
+            row = select(run, name).iloc[0]
+            once, end = f"{row.success_once:.2f}", f"{row.success_at_end:.2f}"
+            interval = f"{end} ({row.ci_low:.2f}–{row.ci_high:.2f})"
+            cells.append(interval if name in ("prior", "stage2") else f"{once} / {end}")
+        lines.append(f"| {' | '.join(cells)} | {run.env_steps.max():,} |")
+    return "\n".join(lines)
+
+
 def reading(table: pd.DataFrame) -> str:
     """
     :param table: :func:`evaluations`
@@ -210,7 +229,7 @@ def reading(table: pd.DataFrame) -> str:
 #: The pages that show tables between ``<!-- name -->`` and ``<!-- /name -->``
 PAGES: dict[Path, dict[str, Callable[[pd.DataFrame], str]]] = {
     ROOT / "README.md": {"tasks": headline},
-    ROOT / "docs" / "results.md": {"tasks": headline, "reading": reading, "seeds": by_seeds},
+    ROOT / "docs" / "results.md": {"tasks": headline, "reading": reading, "seeds": by_seeds, "results": demo},
 }
 
 

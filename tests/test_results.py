@@ -66,12 +66,12 @@ def test_the_quickstarts_table_is_that_of_its_reports() -> None:
         of = {row["name"]: row for row in report["rows"]}
 
         def interval(name: str, of: dict = of) -> str:
-            return f"{of[name]['success_at_end']:.2f} ({of[name]['ci_low']:.2f} to {of[name]['ci_high']:.2f})"
+            return f"{of[name]['success_at_end']:.2f} ({of[name]['ci_low']:.2f}–{of[name]['ci_high']:.2f})"
 
         def both(name: str, of: dict = of) -> str:
             return f"{of[name]['success_once']:.2f} / {of[name]['success_at_end']:.2f}"
 
-        cells = [str(seed), interval("prior"), both("zero"), both("ticket"), both("stage1"), both("stage1_stochastic")]
+        cells = [str(seed), interval("prior"), both("zero"), both("ticket"), both("narrow"), both("stage1")]
         cells += [interval("stage2"), both("stage2_stochastic"), f"{report['env_steps']:,}"]
         assert f"| {' | '.join(cells)} |" in block("results")
 

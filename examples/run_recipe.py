@@ -188,7 +188,6 @@ def main(args: Args) -> None:
     report = {
         "env_id": recipe.name,
         "seed": args.seed,
-        "deterministic": recipe.deterministic,
         "env_steps": curve.env_steps,
         "stage1_env_steps": rollouts.env_steps,
         "stage0_seconds": round(stage0_seconds, 1),
@@ -196,6 +195,8 @@ def main(args: Args) -> None:
         "wall_seconds": round(time.time() - start, 1),
         "rows": [row.as_row() for row in rows.values()],
     }
+    if not recipe.deterministic:
+        report["deterministic"] = False  # the result samples
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(output / "report.png", f"{recipe.name}, seed {args.seed}", curve, rows)
     actors: dict[str, Actor] = {"before.mp4": "prior", "after.mp4": policy}

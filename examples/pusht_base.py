@@ -126,7 +126,8 @@ def train_policy(
     n = len(batches["action"])
     keys = [*OBS_KEYS, "action", "action_is_pad"]
     optimizer = th.optim.AdamW(policy.get_optim_params(), lr, config.optimizer_betas, weight_decay=1e-6)
-    schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_iterations, pct_start=0.05)
+    warmup = max(0.05, 1.5 / n_iterations)  # of exactly one step it divides by zero
+    schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_iterations, pct_start=warmup)
     average = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     losses: list[float] = []
     for _ in trange(n_iterations, desc="DiffusionPolicy"):

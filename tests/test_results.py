@@ -82,6 +82,13 @@ def test_the_tables_of_the_benchmark_are_those_of_its_report(monkeypatch: pytest
     assert block("bench", SPEED) == importlib.import_module("benchmark.report").markdown(report)
 
 
+def test_the_phases_of_peg_insertion_are_those_of_their_report() -> None:
+    kept = json.loads((RESULTS / "peg_phases.json").read_text())
+    table = pd.DataFrame.from_dict(kept["rows"], orient="index")
+    assert block("phases") == table.to_markdown(floatfmt=".2f")
+    assert kept["episodes"] == 100
+
+
 @pytest.fixture
 def tasks_report(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(EXAMPLES)

@@ -20,7 +20,8 @@ import numpy as np
 from sb3_dsrl.policies.spatial_features import StateLayout, describe
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.episodes import DemoError, Episode, StoredImages, asked_for, check_alike, checked_episode
-from sb3_dsrl.utils.integrity import check_sums, one_line
+from sb3_dsrl.stage0.hdf5 import open_demo_file
+from sb3_dsrl.utils.integrity import check_sums
 
 
 def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str | None = None) -> Demos:
@@ -52,13 +53,8 @@ def load_demos(path: str | Path, num_demos: int | None = None, control_mode: str
             f"axis-angle there, where the controller reads Euler angles, so that they are up to 3% off; record with that "
             f"controller instead, as examples/make_demos.py does"
         )
-    try:
-        with h5py.File(path, "r") as file:
-            episodes = [_read_episode(path, name, file[name]) for name in episode_names(path, file, num_demos)]
-    except DemoError:
-        raise
-    except Exception as error:  # of many kinds: HDF5 checks little before it reads
-        raise DemoError(f"{path} cannot be read as HDF5; it is damaged or cut short ({one_line(error)})") from error
+    with open_demo_file(path) as file:
+        episodes = [_read_episode(path, name, file[name]) for name in episode_names(path, file, num_demos)]
     check_alike(path, episodes)
     flat = episodes[0].images is None
     return Demos(

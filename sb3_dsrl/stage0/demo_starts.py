@@ -11,8 +11,8 @@ import numpy as np
 from sb3_dsrl.stage0.demo_files import episode_names, read_demo_json
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.episodes import DemoError
+from sb3_dsrl.stage0.hdf5 import open_demo_file
 from sb3_dsrl.steering.starts import Recorded, RecordedStarts
-from sb3_dsrl.utils.integrity import one_line
 
 
 class DemoStarts(RecordedStarts):
@@ -55,14 +55,9 @@ class DemoStarts(RecordedStarts):
             )
         env_id, control_mode, _, meta = read_demo_json(self.path, num_demos)
         resets = {episode.get("episode_id"): episode.get("reset_kwargs") for episode in meta["episodes"]}
-        try:
-            with h5py.File(self.path, "r") as file:
-                self.names = episode_names(self.path, file, num_demos)
-                last_starts = [_last_start(f"{self.path}:{name}", file[name]) for name in self.names]
-        except DemoError:
-            raise
-        except Exception as error:  # of many kinds: HDF5 checks little before it reads
-            raise DemoError(f"{self.path} cannot be read as HDF5; it is damaged or cut short ({one_line(error)})") from error
+        with open_demo_file(self.path) as file:
+            self.names = episode_names(self.path, file, num_demos)
+            last_starts = [_last_start(f"{self.path}:{name}", file[name]) for name in self.names]
         self.options = [_reset_options(self.path, name, resets.get(int(name.removeprefix("traj_")))) for name in self.names]
         super().__init__(
             last_starts,

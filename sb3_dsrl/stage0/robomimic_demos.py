@@ -13,7 +13,7 @@ import numpy as np
 
 from sb3_dsrl.stage0.demos import Demos
 from sb3_dsrl.stage0.episodes import DemoError, asked_for
-from sb3_dsrl.utils.integrity import one_line
+from sb3_dsrl.stage0.hdf5 import open_demo_file
 
 #: What robomimic's own low-dimensional configurations see.
 LOW_DIM = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
@@ -44,18 +44,13 @@ def load_robomimic(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a robomimic file")
-    try:
-        with h5py.File(path, "r") as file:
-            if "data" not in file:
-                raise DemoError(f"{path} has no group 'data', but {sorted(file)}; expected a robomimic file")
-            names = _names(path, file, filter_key)
-            names = names[: asked_for(str(path), len(names), num_demos)]
-            episodes = [_read(f"{path}:data/{name}", file["data"][name], obs_keys) for name in names]
-            env_id = _env_name(path, file["data"])
-    except DemoError:
-        raise
-    except Exception as error:  # of many kinds: HDF5 checks little before it reads
-        raise DemoError(f"{path} cannot be read as HDF5; it is damaged or cut short ({one_line(error)})") from error
+    with open_demo_file(path) as file:
+        if "data" not in file:
+            raise DemoError(f"{path} has no group 'data', but {sorted(file)}; expected a robomimic file")
+        names = _names(path, file, filter_key)
+        names = names[: asked_for(str(path), len(names), num_demos)]
+        episodes = [_read(f"{path}:data/{name}", file["data"][name], obs_keys) for name in names]
+        env_id = _env_name(path, file["data"])
     common = set.intersection(*(set(episode) for episode in episodes))
     columns: dict[str, Any] = {key: [episode[key] for episode in episodes] for key in sorted(common)}
     return Demos.from_arrays(**columns, **({"env_id": env_id} | about), path=path)

@@ -41,17 +41,21 @@ test: setup
 test-lerobot: $(STAMP_LEROBOT)
 	OMP_NUM_THREADS=1 $(PY_LEROBOT) -m pytest -q tests/lerobot
 
-# An environment over .venv, whose packages it sees, with rl-zoo3 and what that needs in other versions.
+# Makes the environment $(1) over .venv, whose packages it sees.
+define venv_over
+$(PY) -m venv $(1)
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(echo $(1)/lib/python*/site-packages)/below.pth"
+endef
+
+# An environment over .venv, with rl-zoo3 and what that needs in other versions.
 test-zoo: setup
-	$(PY) -m venv .venv-zoo
-	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(echo .venv-zoo/lib/python*/site-packages)/below.pth"
+	$(call venv_over,.venv-zoo)
 	.venv-zoo/bin/python -m pip install -q "rl_zoo3>=2.9"
 	PYTHONPATH=. .venv-zoo/bin/python -m pytest -q tests/test_zoo.py
 
 # An environment over .venv, with MetaWorld and EnvPool.
 test-metaworld: setup
-	$(PY) -m venv .venv-metaworld
-	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(echo .venv-metaworld/lib/python*/site-packages)/below.pth"
+	$(call venv_over,.venv-metaworld)
 	.venv-metaworld/bin/python -m pip install -q -c constraints.txt "metaworld>=3.1" "envpool>=1.2.5"
 	PYTHONPATH=. .venv-metaworld/bin/python -m pytest -q tests/test_meta_world.py
 

@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 #: What needs no training: one of these is the bar for a steered policy.
-CONTROLS = {"zero": "w = 0", "ticket": "best fixed w", "narrow": "narrowed prior"}
+CONTROLS = {name: COLUMNS[name] for name in ("zero", "ticket", "narrow")}
 
 #: What tells evaluations apart.
 KEYS = ["method", "env_id", "seed", "deterministic"]
@@ -63,6 +63,14 @@ class Args:
     """The CSV, whose other rows are kept; the figure lies beside it."""
 
 
+def is_sampled(name: str) -> bool:
+    """
+    :param name: of a row in a report
+    :return: whether its noises were drawn, so that it is not a policy's mean or one noise
+    """
+    return name in ("prior", "narrow") or name.endswith("_stochastic")
+
+
 def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
     """
     :param folders: of the reports
@@ -74,7 +82,7 @@ def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
         report = json.loads(path.read_text())
         for row in report["rows"]:
             name = row["name"].removesuffix("_stochastic")
-            sampled = row["name"].endswith("_stochastic")
+            sampled = is_sampled(row["name"])
             spent = {"stage1": report["stage1_env_steps"], "stage2": report["env_steps"]}
             found.append(
                 {
@@ -85,7 +93,7 @@ def rows(folders: Iterable[Path] = REPORTS) -> pd.DataFrame:
                     "episodes": row["episodes"],
                     "success_once": row["success_once"],
                     "success_at_end": row["success_at_end"],
-                    "deterministic": row["name"] not in ("prior", "narrow") and not sampled,
+                    "deterministic": not sampled,
                     "wall_seconds": report["wall_seconds"],
                     "ci_low": row["ci_low"],
                     "ci_high": row["ci_high"],
@@ -117,8 +125,7 @@ def select(task: pd.DataFrame, name: str) -> pd.DataFrame:
     :param name: of a row in a report, such as ``stage2_stochastic``
     :return: the row of each seed
     """
-    sampled = name in ("prior", "narrow") or name.endswith("_stochastic")
-    return task[(task.method == name.removesuffix("_stochastic")) & (task.deterministic != sampled)]
+    return task[(task.method == name.removesuffix("_stochastic")) & (task.deterministic != is_sampled(name))]
 
 
 def pooled(of: pd.DataFrame) -> tuple[float, float, float]:
@@ -201,10 +208,9 @@ def demo(table: pd.DataFrame, env_id: str = "PushCube-v1") -> str:
     for seed, run in table[table.env_id == env_id].groupby("seed"):
         cells = [str(seed)]
         for name in COLUMNS:
-            row = select(run, name).iloc[0]
-            once, end = f"{row.success_once:.2f}", f"{row.success_at_end:.2f}"
-            interval = f"{end} ({row.ci_low:.2f}–{row.ci_high:.2f})"
-            cells.append(interval if name in ("prior", "stage2") else f"{once} / {end}")
+            row = select(run, name)
+            once, end = row.success_once.item(), row.success_at_end.item()
+            cells.append(success(row) if name in ("prior", "stage2") else f"{once:.2f} / {end:.2f}")
         lines.append(f"| {' | '.join(cells)} | {run.env_steps.max():,} |")
     return "\n".join(lines)
 

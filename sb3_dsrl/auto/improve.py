@@ -146,8 +146,8 @@ class _Improvement:
             actors["stage1"] = _latent_policy(model).copy()
         curve = self._stage2(model)
         if curve:
-            actors["stage2"] = _latent_policy(model).copy()
-            actors["stage2_stochastic"] = SteeredPolicy(flow, _latent_policy(model).copy(), deterministic=False)
+            actors["stage2"] = learned = _latent_policy(model).copy()
+            actors["stage2_stochastic"] = SteeredPolicy(flow, learned, deterministic=False)
         with self.steps.part("choice"):
             choice = choose_policy(
                 actors,
